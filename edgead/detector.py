@@ -1,0 +1,204 @@
+"""From a camera frame to a verdict."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable
+from itertools import islice
+from types import TracebackType
+
+import numpy as np
+
+from edgead.bundle import Bundle
+from edgead.errors import BackendError, DataError
+from edgead.image import as_rgb, resize
+from edgead.manifest import RESIZE_IN_GRAPH, Manifest
+from edgead.result import Result
+from edgead.runtime import Backend, open_backend
+from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE
+
+_CHUNK_FRAMES = 16  # bounds the memory of predict_batch
+
+
+def load(path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None) -> Detector:
+    """Opens a bundle, verifies it and loads its graph.
+
+    Args:
+        path: A `*.edgead` file.
+        backend: "auto", or a name of `edgead.runtime.BACKENDS` (see `edgead.runtime.open_backend`).
+        threads: Threads for one inference; None leaves the number to the back end.
+
+    Raises:
+        BundleError: The file is absent, damaged or of another format.
+        BackendError: The back end is not installed or refuses the graph.
+    """
+    bundle = Bundle.open(path)
+    return Detector(bundle, open_backend(bundle, backend, threads=threads))
+
+
+class Detector:
+    """Gives verdicts on frames. Any thread may call it; calls wait for each other at the back end.
+
+    Use it as a context manager or call `close`; the detector owns its back end.
+
+    Attributes:
+        manifest: What the bundle says about the model; its threshold is the one at the time of loading.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.manifest: Manifest = bundle.manifest
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._closed = False
+        self._threshold = float(bundle.manifest.threshold.value)
+        self._size_px = (bundle.manifest.input.height, bundle.manifest.input.width)
+        self._fixed_size = bundle.manifest.input.resize == RESIZE_IN_GRAPH
+        self._calibration = np.array(bundle.manifest.calibration.values, np.float32)
+
+    @property
+    def backend(self) -> str:
+        """Name of the back end in use."""
+        return self._backend.name
+
+    @property
+    def precision(self) -> str:
+        """Precision that the back end computes in: "fp32", "bf16" or "fp16"."""
+        return self._backend.precision
+
+    @property
+    def threshold(self) -> float:
+        """Scores from here on are anomalous. Setting it acts on the next call, not on the file."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(f"threshold is {value!r}, expected a finite number")
+        self._threshold = number
+
+    def __call__(self, frame: np.ndarray, *, color: str = "rgb") -> Result:
+        """Inspects one frame.
+
+        Args:
+            frame: uint8 [H, W, 3], or [H, W] or [H, W, 1] for grey, 0-255, of any size (resized on the
+                host if need be, unless the graph resizes, which then accepts one size only). Need not be
+                contiguous.
+            color: Order of the channels, "rgb" or "bgr".
+
+        Returns:
+            The verdict; `elapsed_ms` covers this whole call.
+
+        Raises:
+            DataError: The frame is not such an image.
+            BackendError: The detector is closed, or the back end failed or gave a score that is not
+                finite.
+        """
+        start = time.perf_counter()
+        image = self._prepare(frame, color)
+        threshold = self._threshold
+        scores, maps = self._infer(image[None])
+        elapsed_ms = (time.perf_counter() - start) * 1e3
+        return _result(scores[0], maps[0], threshold, elapsed_ms)
+
+    def predict_batch(self, frames: Iterable[np.ndarray], *, color: str = "rgb") -> list[Result]:
+        """Inspects frames, as in `__call__`, of any sizes; returns the verdicts in their order.
+
+        `frames` may be a generator: at most 16 frames are held at once. `elapsed_ms` of each result is
+        the time of its group of up to 16 frames divided by their number, without the time that the
+        generator took. All verdicts use the threshold at the time of the call. Raises as `__call__`,
+        naming the frame; then there are no results.
+        """
+        if isinstance(frames, np.ndarray) and frames.ndim != 4:
+            raise DataError(
+                f"predict_batch: got one array of shape {frames.shape}, expected several frames (a "
+                "list, a generator or [N, H, W, 3]); for one frame call the detector itself"
+            )
+        threshold = self._threshold
+        results: list[Result] = []
+        iterator = iter(frames)
+        while chunk := list(islice(iterator, _CHUNK_FRAMES)):
+            results.extend(self._predict_chunk(chunk, len(results), threshold, color))
+        return results
+
+    def close(self) -> None:
+        """Frees the back end after a call in progress; may be repeated. Calls then fail."""
+        self._closed = True
+        with self._lock:
+            self._backend.close()
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _predict_chunk(
+        self, chunk: list[np.ndarray], first: int, threshold: float, color: str
+    ) -> list[Result]:
+        start = time.perf_counter()
+        batch = np.empty((len(chunk), *self._size_px, 3), np.uint8)
+        for index, frame in enumerate(chunk):
+            try:
+                batch[index] = self._prepare(frame, color)
+            except DataError as error:
+                raise DataError(f"predict_batch: frame {first + index}: {error}") from error
+        scores, maps = self._infer(batch, first)
+        elapsed_ms = (time.perf_counter() - start) * 1e3 / len(chunk)
+        return [_result(*pair, threshold, elapsed_ms) for pair in zip(scores, maps, strict=True)]
+
+    def _prepare(self, frame: np.ndarray, color: str) -> np.ndarray:
+        """Returns uint8 [height, width, 3] RGB at the size of the graph's input."""
+        if self._closed:
+            raise BackendError("this detector is closed; load the bundle again")
+        image = as_rgb(frame, color=color)
+        if image.shape[:2] == self._size_px:
+            return image
+        if self._fixed_size:
+            raise DataError(
+                f"the frame is {image.shape[0]}x{image.shape[1]} px (height x width), this bundle was "
+                f"exported for frames of {self._size_px[0]}x{self._size_px[1]} px: set the camera to "
+                "that size or export for this one"
+            )
+        return resize(image, *self._size_px)
+
+    def _infer(self, batch: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:
+            outputs = self._backend.infer({IMAGE: batch, CALIBRATION: self._calibration})
+        scores, maps = outputs[SCORE], outputs[ANOMALY_MAP]
+        if len(scores) != len(batch) or len(maps) != len(batch):
+            raise BackendError(
+                f"{self.backend} gave {len(scores)} scores and {len(maps)} maps for {len(batch)} frames"
+            )
+        finite = np.isfinite(scores) & np.isfinite(maps).all(axis=(1, 2))
+        if not finite.all():
+            index = int(np.argmin(finite))
+            raise BackendError(
+                f"{self.backend} ({self.precision}) gave score {scores[index]} and a map with "
+                f"{np.count_nonzero(~np.isfinite(maps[index]))} values that are not finite for frame "
+                f"{first + index}: there is no verdict. Try another back end, and check the bundle with "
+                "`edgead verify`"
+            )
+        return scores, maps
+
+
+def _result(score: np.floating, anomaly_map: np.ndarray, threshold: float, elapsed_ms: float) -> Result:
+    value = float(score)
+    return Result(
+        score=value,
+        is_anomalous=value >= threshold,
+        threshold=threshold,
+        anomaly_map=anomaly_map,
+        elapsed_ms=elapsed_ms,
+    )

@@ -1,0 +1,188 @@
+"""Reading and writing weight files: safetensors and state_dicts, never pickled modules.
+
+A file is unwrapped, its layout is told from keys *and* shapes (never from its name), and then every key and
+shape has to match; what is missing, surplus or mis-shaped is listed in the error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgead.errors import WeightsError
+from edgead.models.mobilenet import MobileNetV2
+from edgead.models.pdn import FEATURES, PDN
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
+_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "teacher.", "pdn.")
+_SEQUENTIAL = {  # layer index in the nn.Sequential of nelson1425/EfficientAD -> our name
+    "s": {"0": "conv1", "3": "conv2", "6": "conv3", "8": "conv4"},
+    "m": {"0": "conv1", "3": "conv2", "6": "conv3", "8": "conv4", "10": "conv5", "12": "conv6"},
+}
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What is recorded about a weight file in a run and in a bundle."""
+
+    name: str
+    sha256: str
+    layout: str
+    metadata: dict[str, str]
+
+
+def read_state_dict(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a `.safetensors`, `.pth` or `.pt` file as FP32, and its metadata.
+
+    Wrapping dictionaries and prefixes shared by all keys are removed.
+
+    Raises:
+        WeightsError: the file is missing, damaged, a pickled module, or holds NaN or infinite values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weight file")
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors: object = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors (a whole pickled module?), which is code and is not loaded. Save its"
+            " weights instead: torch.save(module.state_dict(), FILE)"
+        ) from error
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        raise WeightsError(
+            f"{path} cannot be read as weights ({error}): is it complete? Download or copy it again"
+        ) from error
+    return _clean(tensors, path), metadata
+
+
+def _clean(tensors: object, path: Path) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
+            tensors = tensors[wrapper]
+            break
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise WeightsError(
+            f"{path} holds {type(tensors).__name__}, expected named tensors (a state_dict)"
+        )
+    state = {str(key): value for key, value in tensors.items()}
+    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise WeightsError(f"{path}: {', '.join(wrong[:5])} are not tensors; save a plain state_dict")
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key[len(prefix) :]: value for key, value in state.items()}
+    state = {key: value.float().contiguous() for key, value in state.items()}
+    bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise WeightsError(
+            f"{path}: NaN or infinite values in {', '.join(bad[:5])}; the file is damaged or overflowed"
+        )
+    return state
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load `state` into `module`; every name and shape has to match.
+
+    Raises:
+        WeightsError: lists what is missing, surplus and mis-shaped.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    problems = [f"missing {key} {shape}" for key, shape in expected.items() if key not in state]
+    problems += [f"surplus {key} {tuple(state[key].shape)}" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise WeightsError(
+            f"{path} does not fit {type(module).__name__}: {'; '.join(problems[:8])}{more}"
+        )
+    module.load_state_dict(dict(state))
+
+
+def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, WeightsInfo]:
+    """A PDN teacher from this project's safetensors or the layouts of nelson1425/EfficientAD and anomalib.
+
+    The size (S or M) is told by the 128 or 256 filters of the first convolution.
+
+    Raises:
+        WeightsError: the file is not a PDN teacher with 384 output channels.
+    """
+    path = Path(path)
+    state, metadata = read_state_dict(path)
+    first, layout = (
+        ("conv1.weight", "conv1..") if "conv1.weight" in state else ("0.weight", "nelson1425")
+    )
+    shape = tuple(state[first].shape) if first in state else None
+    sizes = {(128, 3, 4, 4): "s", (256, 3, 4, 4): "m"}
+    if shape not in sizes:
+        raise WeightsError(
+            f"{path} is no PDN teacher: expected conv1.weight or 0.weight of shape (128|256, 3, 4, 4),"
+            f" got {f'{first} {shape}' if shape else 'keys ' + ', '.join(list(state)[:5])}"
+        )
+    size = sizes[shape]
+    if layout == "nelson1425":
+        names = _SEQUENTIAL[size]
+        state = {
+            ".".join([names.get(key.split(".")[0], key.split(".")[0]), *key.split(".")[1:]]): value
+            for key, value in state.items()
+        }
+    teacher = PDN(size, FEATURES, padding=padding)  # type: ignore[arg-type]
+    load_strict(teacher, state, path)
+    return teacher.eval().requires_grad_(False), WeightsInfo(path.name, sha256(path), layout, metadata)
+
+
+def load_mobilenet(path: Path | str) -> tuple[MobileNetV2, WeightsInfo]:
+    """The frozen MobileNetV2 of a weight file with folded batch norms (see `edgead.models.mobilenet`)."""
+    state, metadata = read_state_dict(path)
+    network = MobileNetV2()
+    load_strict(network, state, path)
+    return network.eval().requires_grad_(False), WeightsInfo(
+        Path(path).name, sha256(path), "mobilenet_v2", metadata
+    )
+
+
+def save_safetensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors and text metadata; the file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            temporary,
+            dict(metadata),
+        )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""OpenVINO on x86 CPUs: about twice as fast as ONNX Runtime where the CPU computes bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edgead.bundle import Bundle
+from edgead.errors import BackendError
+from edgead.runtime.backend import (
+    ANOMALY_MAP,
+    CALIBRATION,
+    IMAGE,
+    SCORE,
+    TensorSpec,
+    check_graph,
+    check_inputs,
+    expected_specs,
+)
+
+
+class OpenVinoBackend:
+    """The graph compiled once for batch 1; a batch is a loop. One thread at a time.
+
+    Precision is bfloat16 exactly where the CPU has it, otherwise float32 (bfloat16 without hardware is
+    several times slower than float32), whatever the precision of the weights in the graph.
+    """
+
+    name = "openvino"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Compiles the graph; `threads` None leaves the number of threads to OpenVINO.
+
+        Raises:
+            BackendError: OpenVINO is not installed or refuses the graph.
+        """
+        try:
+            import openvino
+        except ImportError as error:
+            raise BackendError(
+                f"back end openvino cannot be imported ({error}): pip install openvino"
+            ) from error
+        manifest = bundle.manifest
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        try:
+            core = openvino.Core()
+            has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            config["INFERENCE_PRECISION_HINT"] = "bf16" if has_bf16 else "f32"
+            model = core.read_model(bundle.model_bytes())
+            check_graph(_specs(model.inputs), _specs(model.outputs), manifest)
+            model.reshape({IMAGE: [1, manifest.input.height, manifest.input.width, 3]})
+            request = core.compile_model(model, "CPU", config).create_infer_request()
+        except BackendError:
+            raise
+        except Exception as error:  # RuntimeError and its kin; pybind11 has no narrower type
+            raise BackendError(
+                f"OpenVINO {openvino.__version__} refuses the graph of {bundle.path}: {error}"
+            ) from error
+        self.precision = "bf16" if has_bf16 else "fp32"
+        self.inputs, self.outputs = expected_specs(manifest)
+        self._map_shape = manifest.map_shape
+        self._request: Any = request
+        # NumPy views of the tensors that the request owns: set once, only their content changes.
+        self._tensors = {
+            name: request.get_tensor(name).data for name in (IMAGE, CALIBRATION, SCORE, ANOMALY_MAP)
+        }
+
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Backend.infer`."""
+        if self._request is None:
+            raise BackendError("infer: this back end (openvino) is closed")
+        batch = check_inputs(inputs, self.inputs)
+        tensors = self._tensors
+        scores = np.empty(batch, np.float32)
+        maps = np.empty((batch, *self._map_shape), np.float32)
+        tensors[CALIBRATION][:] = inputs[CALIBRATION]
+        try:
+            for index, image in enumerate(inputs[IMAGE]):
+                tensors[IMAGE][0] = image
+                self._request.infer()
+                scores[index] = tensors[SCORE][0]
+                maps[index] = tensors[ANOMALY_MAP][0]
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed: {error}") from error
+        return {SCORE: scores, ANOMALY_MAP: maps}
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._tensors = {}  # the views keep the request's memory alive
+        self._request = None
+
+
+def _specs(ports: list[Any]) -> list[TensorSpec]:
+    """Before the reshape to batch 1, so that a free size is still free."""
+    names = {"f32": "float32", "u8": "uint8"}
+    return [
+        TensorSpec(
+            port.get_any_name(),
+            names.get(port.get_element_type().get_type_name(), port.get_element_type().get_type_name()),
+            tuple(None if side.is_dynamic else side.get_length() for side in port.get_partial_shape()),
+        )
+        for port in ports
+    ]

@@ -1,0 +1,49 @@
+"""Checkpoints that survive a kill at any moment: written beside, flushed, then renamed over the old one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgead.errors import TrainingError
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, *, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint whose recorded `settings` equal the given ones.
+
+    Raises:
+        TrainingError: the file is damaged, or the run was started with other settings.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+    except Exception as error:
+        raise TrainingError(
+            f"{path} cannot be read as a checkpoint ({error}); delete it to start again"
+        ) from error
+    changed = [
+        f"{key}: {before.get(key)!r} then, {value!r} now"
+        for key, value in settings.items()
+        if before.get(key) != value
+    ]
+    if changed:
+        raise TrainingError(
+            f"{path} belongs to a run with other settings ({'; '.join(changed)}): use those, or another folder"
+        )
+    return state

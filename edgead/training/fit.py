@@ -1,0 +1,365 @@
+"""Training of EfficientAD: student and autoencoder against the frozen teacher.
+
+Source: Batzner et al., "EfficientAD", arXiv 2303.14535, algorithm 1, in the form of the public reproduction of its
+figures. One step sees one training image, a colour-jittered copy of it for the autoencoder, and one natural image
+for the penalty.
+
+Every random choice is a function of (seed, step) alone, so a resumed run goes on with exactly the choices that an
+uninterrupted one would have made.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgead.errors import DataError, TrainingError
+from edgead.image import list_images, read_image, resize
+from edgead.models.efficientad import IMAGE_PX, EfficientAD, normalise
+from edgead.models.pdn import FEATURES, PDN, Size
+from edgead.training.checkpoint import load_checkpoint, save_checkpoint
+from edgead.training.device import autocast, keep_memory
+from edgead.training.run import CHECKPOINT_FILE, LOSSES_FILE, write_text
+
+log = logging.getLogger(__name__)
+
+GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Attributes:
+        size: PDN size, "s" or "m"; the teacher file has to match.
+        steps: Training steps; the published figures take 70,000.
+        minutes: Train for this long instead of for `steps`.
+        false_reject: Target rate of good parts rejected, for the threshold.
+        checkpoint_s: Seconds between checkpoints; what a kill loses at most.
+        teacher_cache_mib: Memory for teacher outputs of training images, 2.3 MiB each.
+    """
+
+    size: Size = "s"
+    steps: int = 70_000
+    minutes: float | None = None
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-5
+    seed: int = 42
+    false_reject: float = 0.01
+    checkpoint_s: float = 60.0
+    teacher_cache_mib: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.minutes is not None and self.minutes <= 0):
+            raise TrainingError(
+                f"--steps {self.steps} / --minutes {self.minutes}: need at least one step, or more than 0 minutes"
+            )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The four terms of one step; see `step_losses`."""
+
+    hard: float
+    penalty: float
+    autoencoder: float
+    student_autoencoder: float
+
+
+def read_images(paths: list[Path]) -> np.ndarray:
+    """Training images at network size, uint8 [N, 256, 256, 3]."""
+    images = np.empty((len(paths), IMAGE_PX, IMAGE_PX, 3), np.uint8)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for index, image in enumerate(
+            pool.map(lambda path: resize(read_image(path), IMAGE_PX, IMAGE_PX), paths)
+        ):
+            images[index] = image
+    return images
+
+
+def to_input(images: np.ndarray, device: torch.device) -> Tensor:
+    """Images [N, H, W, 3] (0..255) -> network input, channels last [N, 3, H, W]."""
+    x = torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return normalise(x).contiguous(memory_format=torch.channels_last)
+
+
+def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of brightness, contrast and saturation changed by a factor of 0.8 .. 1.2: uint8 HWC -> float32 HWC 0..255."""
+    x, kind, factor = image.astype(np.float32), rng.integers(3), np.float32(rng.uniform(0.8, 1.2))
+    if kind == 0:
+        y = factor * x
+    else:
+        grey = x @ GREY
+        y = factor * x + (1 - factor) * (grey.mean() if kind == 1 else grey[..., None])
+    return np.clip(y, 0, 255)
+
+
+class PenaltyImages:
+    """Natural images that the student must not imitate the teacher on; which one a step sees depends on the seed."""
+
+    def __init__(self, folder: Path, *, seed: int) -> None:
+        self.folder, self.seed, self.paths = folder, seed, list_images(folder)
+        if not self.paths:
+            raise DataError(
+                f"{folder} holds no images, and training without penalty images loses accuracy: name a folder of natural images"
+            )
+
+    def __call__(self, step: int) -> np.ndarray:
+        """The centre 256x256 of the image resized to 512x512, grey with probability 0.3; uint8 HWC."""
+        rng = np.random.default_rng([self.seed, step, 1])
+        for _ in range(20):
+            path = self.paths[rng.integers(len(self.paths))]
+            try:
+                image = resize(read_image(path), 2 * IMAGE_PX, 2 * IMAGE_PX)
+            except DataError as error:
+                log.warning("penalty image passed over: %s", error)
+                continue
+            edge = IMAGE_PX // 2
+            image = image[edge : edge + IMAGE_PX, edge : edge + IMAGE_PX]
+            if rng.random() < 0.3:
+                image = np.repeat(np.rint(image @ GREY).astype(np.uint8)[..., None], 3, axis=2)
+            return image
+        raise DataError(
+            f"20 penalty images in a row cannot be read, the last one {path}; check {self.folder}"
+        )
+
+
+class TeacherTargets:
+    """Normalised teacher outputs of the training images, computed once and kept in FP16 as far as the cache reaches."""
+
+    def __init__(
+        self, model: EfficientAD, images: np.ndarray, device: torch.device, cache_mib: int
+    ) -> None:
+        self.model, self.images, self.device = model, images, device
+        kept = min(len(images), max(1, (cache_mib << 20) // (2 * FEATURES * 56 * 56)))
+        self.cache = torch.empty(
+            kept, FEATURES, 56, 56, dtype=torch.float16, memory_format=torch.channels_last
+        )
+        total = torch.zeros(FEATURES, dtype=torch.float64)
+        squares = torch.zeros(FEATURES, dtype=torch.float64)
+        for index in range(len(images)):
+            features = self._raw(index)
+            total += features.sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
+            squares += features.square().sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
+            if index < kept:
+                self.cache[index] = features[0]
+        n = len(images) * 56 * 56
+        mean = total / n
+        std = (
+            (squares / n - mean.square()).clamp_min(1e-12).sqrt()
+        )  # FP64 sums: as exact as a second pass
+        model.mean.copy_(mean.view(-1, 1, 1))
+        model.std.copy_(std.view(-1, 1, 1))
+        mean16, scale16 = model.mean.cpu().half(), (1 / model.std).cpu().half()
+        self.cache.sub_(mean16).mul_(scale16)
+
+    @torch.no_grad()
+    def _raw(self, index: int) -> Tensor:
+        with autocast(self.device):
+            return self.model.teacher(to_input(self.images[index : index + 1], self.device)).float()
+
+    def __getitem__(self, index: int) -> Tensor:
+        """float32 [1, 384, 56, 56] of training image `index`."""
+        if index < len(self.cache):
+            return self.cache[index : index + 1].to(self.device).float()
+        return (self._raw(index) - self.model.mean) / self.model.std
+
+
+def step_losses(model: EfficientAD, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four loss terms.
+
+    The student sees the three images as one batch; its first 384 output channels are only made for the training
+    and the penalty image and its last 384 only for the jittered one, because nothing else reads them.
+
+    Args:
+        x: Normalised training image, penalty image and jittered training image, [3, 3, 256, 256].
+        target: Normalised teacher output of the training image, [1, 384, 56, 56].
+
+    Returns:
+        L_hard (mean of the largest 0.1 % of the squared differences), L_penalty, L_AE, L_STAE.
+    """
+    hidden = model.student.trunk(x)
+    last = model.student.last
+    assert last.bias is not None
+    local = F.conv2d(hidden[:2], last.weight[:FEATURES], last.bias[:FEATURES]).float()
+    logical = F.conv2d(hidden[2:], last.weight[FEATURES:], last.bias[FEATURES:]).float()
+    decoded = model.autoencoder(x[2:]).float()
+    with torch.no_grad():
+        jittered_target = (model.teacher(x[2:]).float() - model.mean) / model.std
+    difference = (target - local[:1]).square().flatten()
+    n = difference.numel()
+    hardest = n - -(-999 * (n - 1) // 1000)  # how many values lie at or above the 0.999 quantile
+    hard = difference.topk(hardest, sorted=False).values.mean()
+    # Gradients go into both networks of the last term, as published.
+    return (
+        hard,
+        local[1:].square().mean(),
+        (jittered_target - decoded).square().mean(),
+        (decoded - logical).square().mean(),
+    )
+
+
+def fit(
+    model: EfficientAD,
+    images: np.ndarray,
+    penalty: PenaltyImages,
+    run: Path,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    settings: dict[str, object],
+    resume: bool = False,
+    progress: Callable[[float, int, Losses], None] | None = None,
+) -> tuple[int, float]:
+    """Train `model` in place.
+
+    Args:
+        images: uint8 [N, 256, 256, 3], the good training images.
+        run: Folder for the checkpoint and losses.csv.
+        settings: What a checkpoint must have been made with to be resumed.
+        progress: Called after every step with the fraction done (0..1), the step and its losses.
+
+    Returns:
+        Steps done and seconds spent, over all sessions of a resumed run.
+
+    Raises:
+        TrainingError: the loss is not finite, or the checkpoint belongs to another run.
+    """
+    keep_memory()
+    model.to(device, memory_format=torch.channels_last)
+    targets = TeacherTargets(model, images, device, config.teacher_cache_mib)
+    parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
+    optimizer = torch.optim.Adam(
+        parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    step, spent, table = 0, 0.0, io.StringIO()
+    checkpoint = run / CHECKPOINT_FILE
+    if resume and checkpoint.exists():
+        state = load_checkpoint(checkpoint, settings=settings)
+        model.student.load_state_dict(state["student"])
+        model.autoencoder.load_state_dict(state["autoencoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["seconds"]
+        table.write(state["losses"])
+    else:
+        table.write("step,seconds,hard,penalty,autoencoder,student_autoencoder\n")
+    rows = csv.writer(table, lineterminator="\n")
+
+    def save() -> None:
+        state = {"student": model.student.state_dict(), "autoencoder": model.autoencoder.state_dict()}
+        state |= {
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "seconds": spent + time.monotonic() - start,
+        }
+        save_checkpoint(checkpoint, {**state, "losses": table.getvalue(), "settings": settings})
+        write_text(run / LOSSES_FILE, table.getvalue())
+
+    def fraction_done() -> float:
+        if config.minutes is not None:
+            return (spent + time.monotonic() - start) / (60 * config.minutes)
+        return step / config.steps
+
+    model.train()
+    start = saved = time.monotonic()
+    for index, batch in _batches(images, penalty, config.seed, step):
+        if (done := fraction_done()) >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = config.learning_rate * (0.1 if done >= 0.95 else 1.0)
+        losses = _step(
+            model, optimizer, batch, targets[index], device, seed=config.seed * 1_000_003 + step
+        )
+        step += 1
+        if not np.isfinite(list(asdict(losses).values())).all():
+            raise TrainingError(
+                f"step {step}: the loss is not finite ({losses}); start again with a lower learning rate"
+            )
+        if step % 10 == 0 or step == 1:
+            rows.writerow(
+                [
+                    step,
+                    round(spent + time.monotonic() - start, 2),
+                    *(f"{v:.6g}" for v in asdict(losses).values()),
+                ]
+            )
+        if progress:
+            progress(min(1.0, fraction_done()), step, losses)
+        if time.monotonic() - saved >= config.checkpoint_s:
+            save()
+            saved = time.monotonic()
+    save()
+    return step, spent + time.monotonic() - start
+
+
+def _step(
+    model: EfficientAD,
+    optimizer: torch.optim.Optimizer,
+    batch: np.ndarray,
+    target: Tensor,
+    device: torch.device,
+    *,
+    seed: int,
+) -> Losses:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # the autoencoder's dropout
+        with autocast(device):
+            terms = step_losses(model, to_input(batch, device), target)
+    optimizer.zero_grad(set_to_none=True)
+    torch.stack(terms).sum().backward()
+    optimizer.step()
+    return Losses(*torch.stack([term.detach() for term in terms]).tolist())
+
+
+def _batches(
+    images: np.ndarray, penalty: PenaltyImages, seed: int, first: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of the training image, [image, penalty image, jittered image] float32 [3, 256, 256, 3]) per step, made ahead."""
+
+    def make(step: int) -> tuple[int, np.ndarray]:
+        rng = np.random.default_rng([seed, step, 0])
+        index = int(rng.integers(len(images)))
+        return index, np.stack(
+            [images[index], penalty(step), jitter(images[index], rng)], dtype=np.float32
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(make, first + ahead) for ahead in range(3)]
+        step = first
+        while True:
+            yield waiting.pop(0).result()
+            step += 1
+            waiting.append(pool.submit(make, step + 2))
+
+
+@torch.inference_mode()
+def raw_maps(
+    model: EfficientAD, images: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Student-teacher and student-autoencoder maps, float32 [N, 56, 56] each, of images uint8 [N, 256, 256, 3], in FP32."""
+    model.eval()
+    local, logical = [], []
+    for image in images:
+        x = torch.from_numpy(image[None]).to(device).permute(0, 3, 1, 2)
+        a, b = model(x)
+        local.append(a[0].cpu().numpy())
+        logical.append(b[0].cpu().numpy())
+    return np.stack(local), np.stack(logical)
+
+
+def build_model(teacher: PDN, *, seed: int) -> EfficientAD:
+    """Networks with seeded initial weights (PyTorch's defaults); the process's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EfficientAD(teacher)

@@ -1,0 +1,90 @@
+"""The folder of one training run: what `edgead train` writes and `edgead export` reads.
+
+RUN/run.json                 settings, data set, teacher, penalty images, calibration, threshold, timings
+RUN/detector.safetensors     teacher, student, autoencoder, teacher channel statistics; FP32
+RUN/losses.csv               step, seconds and the four losses
+RUN/checkpoint.pt            only while training: what --resume goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgead.errors import TrainingError
+from edgead.models.efficientad import EfficientAD
+from edgead.models.files import load_strict, read_state_dict
+from edgead.models.pdn import PDN
+
+RUN_FILE, WEIGHTS_FILE, LOSSES_FILE, CHECKPOINT_FILE = (
+    "run.json",
+    "detector.safetensors",
+    "losses.csv",
+    "checkpoint.pt",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run, read back.
+
+    Attributes:
+        folder: Where it lies.
+        record: The content of run.json.
+        model: The trained networks, FP32, in evaluation mode.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    model: EfficientAD
+
+
+def read_run(folder: Path | str) -> Run:
+    """Load a finished run.
+
+    Raises:
+        TrainingError: not a run folder, or the training has not finished. WeightsError: damaged weights.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).is_file():
+        if (folder / CHECKPOINT_FILE).is_file():
+            raise TrainingError(
+                f"{folder}: this training has not finished; go on with `edgead train ... --out {folder} --resume`"
+            )
+        raise TrainingError(
+            f"{folder} is no training run: it has no {RUN_FILE}. Make one with `edgead train DATA --out {folder}`"
+        )
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        size = record["config"]["size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{folder / RUN_FILE} is damaged ({error}); train again") from error
+    model = EfficientAD(PDN(size))
+    state, _ = read_state_dict(folder / WEIGHTS_FILE)
+    load_strict(model, state, folder / WEIGHTS_FILE)
+    return Run(folder, record, model.eval().requires_grad_(False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def git_commit() -> str | None:
+    """Commit of the repository that the process works in, with "+changes" when its files differ; None outside one."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

@@ -1,0 +1,209 @@
+"""From a data-set folder to a finished run: images, teacher, penalty images, fit, calibration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgead.errors import TrainingError
+from edgead.models.files import WeightsInfo, load_teacher, save_safetensors
+from edgead.training.calibrate import MapScale, choose_threshold, graph_constants
+from edgead.training.data import Dataset
+from edgead.training.demo_data import render_distractors
+from edgead.training.device import pick_device
+from edgead.training.fit import (
+    Losses,
+    PenaltyImages,
+    TrainConfig,
+    build_model,
+    fit,
+    raw_maps,
+    read_images,
+)
+from edgead.training.run import CHECKPOINT_FILE, RUN_FILE, WEIGHTS_FILE, git_commit, write_text
+
+log = logging.getLogger(__name__)
+
+SHIPPED_TEACHER = Path(__file__).parents[1] / "weights" / "pdn_small.safetensors"
+PENALTY_VARIABLE = "EDGEAD_PENALTY_IMAGES"
+DISTRACTORS = 300
+
+
+def penalty_folder(named: Path | None, run: Path, *, seed: int) -> tuple[Path, str]:
+    """The folder of penalty images and what it is: the named one, the environment's, or pictures rendered now.
+
+    Training never goes without them: the student would learn to imitate the teacher on everything.
+    """
+    if named is not None:
+        return named, "named by the user"
+    if variable := os.environ.get(PENALTY_VARIABLE):
+        return Path(variable), f"from {PENALTY_VARIABLE}"
+    folder = run / "penalty"
+    log.warning(
+        "no penalty images named: training uses %d rendered pictures instead of natural images. Detection is better with"
+        " natural ones: --penalty FOLDER (any folder of some hundred varied photos), or set %s",
+        DISTRACTORS,
+        PENALTY_VARIABLE,
+    )
+    if not folder.exists():
+        render_distractors(folder, seed=seed, count=DISTRACTORS)
+    return folder, f"{DISTRACTORS} rendered pictures"
+
+
+def train(
+    dataset: Dataset,
+    run: Path,
+    config: TrainConfig | None = None,
+    *,
+    teacher: Path | None = None,
+    penalty: Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    progress: Callable[[float, int, Losses], None] | None = None,
+) -> dict[str, Any]:
+    """Train EfficientAD on a data set's good images, calibrate it, and write the run folder.
+
+    Args:
+        dataset: See `edgead.training.data.open_dataset`; its test part is not touched.
+        run: Folder to write; see `edgead.training.run`.
+        teacher: PDN teacher file; default: the one that the package ships (PDN-S).
+        penalty: Folder of natural images.
+        resume: Go on from the run's checkpoint.
+        progress: Called after every step with the fraction done, the step and its losses.
+
+    Returns:
+        The content of run.json.
+
+    Raises:
+        TrainingError: the folder holds another or a finished run, or the loss diverged. DataError, WeightsError.
+    """
+    config = config or TrainConfig()
+    if (run / RUN_FILE).exists():
+        raise TrainingError(f"{run} holds a finished run; export it, or name another folder with --out")
+    if (run / CHECKPOINT_FILE).exists() and not resume:
+        raise TrainingError(
+            f"{run} holds an unfinished run; go on with --resume, or name another folder with --out"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    chosen = pick_device(device)
+    network, info = load_teacher(teacher or SHIPPED_TEACHER)
+    if network.size != config.size:
+        raise TrainingError(
+            f"{teacher or SHIPPED_TEACHER} is a PDN-{network.size.upper()} teacher, --method efficientad-{config.size} needs a"
+            f" PDN-{config.size.upper()} one: name another with --teacher, or use --method efficientad-{network.size}"
+        )
+    folder, penalty_source = penalty_folder(penalty, run, seed=config.seed)
+    negatives = PenaltyImages(folder, seed=config.seed)
+    fingerprint = dataset.fingerprint()
+    settings = {
+        **asdict(config),
+        "data": fingerprint,
+        "teacher": info.sha256,
+        "penalty_images": len(negatives.paths),
+    }
+
+    images = read_images(list(dataset.train))
+    model = build_model(network, seed=config.seed)
+    steps, seconds = fit(
+        model,
+        images,
+        negatives,
+        run,
+        config,
+        device=chosen,
+        settings=settings,
+        resume=resume,
+        progress=progress,
+    )
+    calibration, threshold = calibrate(
+        model, read_images(list(dataset.validation)), config.false_reject, chosen
+    )
+    record = {
+        "method": f"efficientad-{config.size}",
+        "config": asdict(config),
+        "data": {**describe_data(dataset), "fingerprint": fingerprint},
+        "teacher": describe_weights(info),
+        "penalty": {"source": penalty_source, "images": len(negatives.paths)},
+        "training": {"steps": steps, "seconds": round(seconds, 1), "device": device_name(chosen)},
+        "calibration": calibration,
+        "threshold": threshold,
+        "made": made(),
+    }
+    save_safetensors(
+        run / WEIGHTS_FILE, model.state_dict(), {"method": record["method"], "data": fingerprint}
+    )
+    write_text(run / RUN_FILE, json.dumps(record, indent=2))
+    (run / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return record
+
+
+def calibrate(
+    model: Any, images: np.ndarray, false_reject: float, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Map scale and threshold from good validation images uint8 [N, 256, 256, 3], as they stand in run.json."""
+    local, logical = raw_maps(model, images, device)
+    scales = MapScale.of(local), MapScale.of(logical)
+    constants = graph_constants(*scales)
+    joined = constants[0] * local + constants[1] * logical + constants[2]
+    scores = np.maximum(joined.max(axis=(1, 2)), 0)  # the map's border is zero
+    threshold = choose_threshold(scores, false_reject=false_reject)
+    calibration = {
+        "values": [float(value) for value in constants],
+        "quantiles": {"local": asdict(scales[0]), "logical": asdict(scales[1])},
+        "scores": [float(score) for score in scores],
+    }
+    return calibration, {**asdict(threshold), "claim": threshold.claim}
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """What a run records of its data set; the split is written out so that it can be checked later."""
+
+    def names(paths: tuple[Path, ...]) -> list[str]:
+        return [path.relative_to(dataset.root).as_posix() for path in paths]
+
+    return {
+        "name": dataset.name,
+        "root": str(dataset.root),
+        "layout": dataset.layout,
+        "train": names(dataset.train),
+        "validation": names(dataset.validation),
+        "test": names(tuple(item.path for item in dataset.test)),
+    }
+
+
+def describe_weights(info: WeightsInfo) -> dict[str, Any]:
+    return {"file": info.name, "sha256": info.sha256, "layout": info.layout, "metadata": info.metadata}
+
+
+def device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+
+
+def made() -> dict[str, Any]:
+    """Provenance of a run: when, by which versions, from which commit."""
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("edgead", "torch", "numpy", "opencv-python-headless")
+    }
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
+        "utc": when,
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": git_commit(),
+    }

@@ -1,0 +1,147 @@
+"""The merged inference graph: camera bytes in, score and anomaly map out.
+
+Everything that can be folded exactly is folded (arXiv 2303.14535 defines the networks; the algebra is in the
+comments): input normalisation into the first convolutions, the teacher's channel statistics into its last
+convolution, and teacher-minus-student into one convolution over both networks' features, so that the difference
+forms in the accumulator instead of between two rounded tensors. Teacher and student run as the two groups of
+shared convolutions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgead.image import resize_matrix
+from edgead.models.efficientad import (
+    IMAGE_PX,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EfficientAD,
+    anomaly_map,
+    anomaly_score,
+)
+from edgead.models.pdn import FEATURES
+
+
+class MergedGraph(nn.Module):
+    """EfficientAD as it ships.
+
+    Args:
+        model: The trained networks, FP32. They are copied, not changed.
+        dtype: Of weights and convolutions, float32 or float16. From the squared difference on everything is
+            float32, because squares overflow float16 at 256.
+        frame: (height, width) of the camera's frames when the graph has to resize them itself; None when the
+            host hands over 256x256 images.
+    """
+
+    def __init__(
+        self,
+        model: EfficientAD,
+        *,
+        dtype: torch.dtype = torch.float32,
+        frame: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        teacher, student, autoencoder = model.teacher, model.student, model.autoencoder
+        self.size, self.dtype, self.frame = model.size, dtype, frame
+        if frame is not None:
+            self.register_buffer("rows", torch.from_numpy(resize_matrix(frame[0], IMAGE_PX)))
+            self.register_buffer(
+                "columns", torch.from_numpy(resize_matrix(frame[1], IMAGE_PX)).T.contiguous()
+            )
+
+        # The PDNs have no padding, so (x / 255 - mean) / std folds into their first convolution as a whole.
+        self.conv1 = nn.Conv2d(3, 2 * teacher.conv1.out_channels, 4)
+        joined = _side_by_side(teacher.conv1, student.conv1)
+        scale = 1 / (255 * IMAGENET_STD.double().view(1, 3, 1, 1))
+        shift = (IMAGENET_MEAN.double() / IMAGENET_STD.double()).view(1, 3, 1, 1)
+        _fill(self.conv1, joined[0] * scale, joined[1] - (joined[0] * shift).sum(dim=(1, 2, 3)))
+        self.conv2 = _grouped(teacher.conv2, student.conv2)
+        self.conv3 = _grouped(teacher.conv3, student.conv3)
+        if self.size == "m":
+            self.conv4 = _grouped(teacher.conv4, student.conv4)
+            self.teacher5, self.student5 = _copy(teacher.conv5), _copy(student.conv5)
+
+        # (T(t) - mu) / sigma - S(s) is one convolution over the concatenated [t, s].
+        sigma, mu = model.std.double(), model.mean.double().flatten()
+        t, s = teacher.last, student.last
+        self.local = nn.Conv2d(t.in_channels + s.in_channels, FEATURES, t.kernel_size)  # type: ignore[arg-type]
+        weight = torch.cat([t.weight.double() / sigma.unsqueeze(1), -s.weight.double()[:FEATURES]], 1)
+        _fill(self.local, weight, (_bias(t) - mu) / sigma.flatten() - _bias(s)[:FEATURES])
+        self.logical = nn.Conv2d(s.in_channels, FEATURES, s.kernel_size)  # type: ignore[arg-type]
+        _fill(self.logical, s.weight.double()[FEATURES:], _bias(s)[FEATURES:])
+
+        # The autoencoder pads with zeros *after* normalisation: the mean is subtracted first, and 1 / (255 std)
+        # folds into the weights.
+        self.autoencoder = type(autoencoder)()
+        self.autoencoder.load_state_dict(autoencoder.state_dict())
+        self.autoencoder.dropout = nn.Identity()  # type: ignore[assignment]
+        first = autoencoder.encoder[0]
+        _fill(self.autoencoder.encoder[0], first.weight.double() * scale, _bias(first))  # type: ignore[arg-type]
+        self.register_buffer("mean255", 255 * IMAGENET_MEAN)
+        self.eval().requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype)
+
+    def forward(self, image: Tensor, calibration: Tensor) -> tuple[Tensor, Tensor]:
+        """Verdict numbers of a batch.
+
+        Args:
+            image: RGB frames, uint8 [N, H, W, 3]; 256x256, or of the size that `frame` names.
+            calibration: float32 [3], see `edgead.training.calibrate.graph_constants`.
+
+        Returns:
+            score float32 [N] and anomaly_map float32 [N, 64, 64].
+        """
+        x = image.float().permute(0, 3, 1, 2)  # cast first: TensorRT refuses to transpose uint8
+        if self.frame is not None:
+            x = torch.round(self.rows @ (x @ self.columns))
+        local, logical = self._differences(x)
+        maps = anomaly_map(local.square().mean(1), logical.square().mean(1), calibration)
+        return anomaly_score(maps), maps
+
+    def _differences(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher minus student and autoencoder minus student, float32 [N, 384, 56, 56], of RGB 0..255 [N, 3, 256, 256]."""
+        both = F.avg_pool2d(torch.relu(self.conv1(x.to(self.dtype))), 2, 2)
+        both = F.avg_pool2d(torch.relu(self.conv2(both)), 2, 2)
+        both = torch.relu(self.conv3(both))
+        if self.size == "m":
+            t, s = torch.relu(self.conv4(both)).chunk(2, 1)
+            student = torch.relu(self.student5(s))
+            both = torch.cat([torch.relu(self.teacher5(t)), student], 1)
+        else:
+            student = both[:, both.shape[1] // 2 :]
+        decoded = self.autoencoder((x - self.mean255).to(self.dtype))
+        return self.local(both).float(), decoded.float() - self.logical(student).float()
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias.double()
+
+
+def _fill(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """Set parameters that were computed in float64."""
+    assert conv.bias is not None and conv.weight.shape == weight.shape
+    conv.weight.data.copy_(weight)
+    conv.bias.data.copy_(bias)
+
+
+def _side_by_side(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    return torch.cat([a.weight, b.weight]).double(), torch.cat([_bias(a), _bias(b)])
+
+
+def _grouped(a: nn.Conv2d, b: nn.Conv2d) -> nn.Conv2d:
+    """Two equal convolutions as the two groups of one."""
+    conv = nn.Conv2d(2 * a.in_channels, 2 * a.out_channels, a.kernel_size, groups=2)  # type: ignore[arg-type]
+    _fill(conv, *_side_by_side(a, b))
+    return conv
+
+
+def _copy(a: nn.Conv2d) -> nn.Conv2d:
+    conv = nn.Conv2d(a.in_channels, a.out_channels, a.kernel_size)  # type: ignore[arg-type]
+    _fill(conv, a.weight.double(), _bias(a))
+    return conv

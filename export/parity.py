@@ -1,0 +1,202 @@
+"""The parity gate: an exported graph must give the verdicts of the trained networks, image by image.
+
+The reference is the plain PyTorch definition in FP32 (`EfficientAD.forward`), not the fused module that was
+exported, so that a wrong fold is caught as well as a wrong export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from edgead.bundle import Golden
+from edgead.errors import ExportError
+from edgead.image import read_image, resize
+from edgead.models.efficientad import IMAGE_PX, EfficientAD, anomaly_map, anomaly_score
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+"""Largest deviation of a score, and of a map value, relative to the spread of the scores. In FP32 no verdict may
+flip at all; in FP16 only scores nearer to the threshold than this."""
+MAX_IMAGES = 500
+GOLDEN_IMAGES = 4
+MAX_GOLDEN_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image on which graph and reference decide differently."""
+
+    image: str
+    reference: float
+    exported: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement of an exported graph with the networks it came from.
+
+    Attributes:
+        images: How many real images were compared.
+        score_spread: Largest minus smallest reference score.
+        score_deviation: Largest absolute deviation of a score, divided by the spread.
+        map_deviation: Largest absolute deviation of a map value, divided by the spread.
+        margin: Distance from the threshold, on the score's scale, within which FP16 may flip a verdict.
+        flips: Images with another verdict.
+    """
+
+    precision: str
+    images: int
+    score_spread: float
+    score_deviation: float
+    map_deviation: float
+    tolerance: float
+    margin: float
+    flips: tuple[Flip, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        """What breaks the gate; empty when it passes."""
+        found = [
+            f"the largest {kind} deviation is {value:.2e} of the score spread, allowed is {self.tolerance:.0e}"
+            for kind, value in (("score", self.score_deviation), ("map", self.map_deviation))
+            if not value <= self.tolerance
+        ]
+        allowed = self.margin if self.precision == "fp16" else 0.0
+        return found + [
+            f"{flip.image}: reference score {flip.reference:.5g}, exported {flip.exported:.5g}, another verdict"
+            for flip in self.flips
+            if not abs(flip.reference - flip.exported) <= allowed
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"flips": [asdict(flip) for flip in self.flips]}
+
+
+def compare(
+    model: EfficientAD,
+    onnx_content: bytes,
+    images: Sequence[Path],
+    *,
+    precision: str,
+    calibration: np.ndarray,
+    threshold: float,
+    frame: tuple[int, int] | None = None,
+    root: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Parity, Golden]:
+    """Run reference and graph on real images.
+
+    Args:
+        images: Image files; of more than 500, 500 at equal distances are taken.
+        frame: Size of the graph's input where the graph resizes; images of another size are fitted first.
+        root: Folder that image names are given relative to.
+
+    Returns:
+        The figures, and golden samples chosen from the images: the lowest and the highest score and those next to
+        the threshold on either side, as far as they lie more than the margin away from it.
+
+    Raises:
+        ExportError: there are no images, or the gate fails; the message lists how.
+    """
+    if not images:
+        raise ExportError(
+            "the parity gate needs images and the run has none; train on a data set with validation or test images"
+        )
+    chosen = [
+        images[i]
+        for i in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).round().astype(int)
+    ]
+    session = onnxruntime.InferenceSession(onnx_content, providers=["CPUExecutionProvider"])
+    height, width = frame or (IMAGE_PX, IMAGE_PX)
+    reference, exported, map_deviation = np.empty(len(chosen)), np.empty(len(chosen)), 0.0
+    for index, path in enumerate(chosen):
+        fitted = resize(read_image(path), height, width)
+        score, cells = _reference(model, resize(fitted, IMAGE_PX, IMAGE_PX), calibration)
+        exported_score, exported_cells = session.run(
+            None, {"image": fitted[None], "calibration": calibration}
+        )
+        reference[index], exported[index] = score, exported_score[0]
+        map_deviation = max(map_deviation, float(np.abs(exported_cells[0] - cells).max()))
+        if progress:
+            progress(index + 1, len(chosen))
+    if not (np.isfinite(reference).all() and np.isfinite(exported).all()):
+        raise ExportError(
+            f"{precision} export: NaN or infinite scores; the training diverged, or FP16 overflows: export with --precision fp32"
+        )
+    spread = float(np.ptp(reference)) or max(1.0, abs(float(reference[0])))
+    names = [
+        path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
+        for path in chosen
+    ]
+    flips = tuple(
+        Flip(names[i], float(reference[i]), float(exported[i]))
+        for i in np.flatnonzero((reference >= threshold) != (exported >= threshold))
+    )
+    tolerance = TOLERANCE[precision]
+    deviation = float(np.abs(exported - reference).max()) / spread
+    parity = Parity(
+        precision,
+        len(chosen),
+        spread,
+        deviation,
+        map_deviation / spread,
+        tolerance,
+        tolerance * spread,
+        flips,
+    )
+    if parity.failures:
+        more = f"; and {len(parity.failures) - 5} more" if len(parity.failures) > 5 else ""
+        raise ExportError(
+            f"{precision} export fails the parity gate on {len(chosen)} images: {'; '.join(parity.failures[:5])}{more}"
+        )
+    margin = max(parity.margin, TOLERANCE["fp16"] * spread)
+    picked = [
+        chosen[i]
+        for i in choose_golden(reference, threshold, margin, bytes_per_image=height * width * 3)
+    ]
+    return parity, _golden(model, picked, (height, width), calibration)
+
+
+def choose_golden(
+    scores: np.ndarray, threshold: float, margin: float, *, bytes_per_image: int
+) -> list[int]:
+    """Indices of the samples to keep: nearest above and below the threshold outside the margin, highest, lowest.
+
+    Scores inside the margin are left out as long as there are others: a device with another rounding may well
+    decide differently there, and a replay has to tell a broken device from a rounding one.
+    """
+    clear = np.flatnonzero(np.abs(scores - threshold) >= margin)
+    order = sorted(clear if len(clear) else range(len(scores)), key=lambda i: scores[i])
+    above = [i for i in order if scores[i] >= threshold]
+    below = [i for i in order if scores[i] < threshold]
+    wanted = [*above[:1], *below[-1:], *above[-1:], *below[:1]]
+    limit = int(np.clip(MAX_GOLDEN_BYTES // bytes_per_image, 1, GOLDEN_IMAGES))
+    return list(dict.fromkeys(int(i) for i in wanted))[:limit]
+
+
+def _golden(
+    model: EfficientAD, paths: list[Path], size: tuple[int, int], calibration: np.ndarray
+) -> Golden:
+    images = np.stack([resize(read_image(path), *size) for path in paths])
+    answers = [_reference(model, resize(image, IMAGE_PX, IMAGE_PX), calibration) for image in images]
+    return Golden(
+        images,
+        np.array([score for score, _ in answers], np.float32),
+        np.stack([cells for _, cells in answers]),
+    )
+
+
+@torch.inference_mode()
+def _reference(
+    model: EfficientAD, image: np.ndarray, calibration: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Score and map float32 [64, 64] of an image uint8 [256, 256, 3]."""
+    local, logical = model(torch.from_numpy(image.copy()[None]).permute(0, 3, 1, 2))
+    maps = anomaly_map(local, logical, torch.from_numpy(calibration))
+    return float(anomaly_score(maps)[0]), maps[0].numpy()

@@ -1,0 +1,44 @@
+"""The Makefile explains its targets, and `.ci/run` reports what they gave."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # `make test` runs this: its own variables would speak to the make that is started here.
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=clean, capture_output=True, text=True)
+
+
+def test_make_alone_lists_every_target() -> None:
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)
+    listed = re.findall(r"^  make (\w+) +\S", make().stdout, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(phony.split())
+
+
+def test_ci_runs_make_test_and_keeps_its_exit_status(tmp_path: Path) -> None:
+    fake = tmp_path / "make"
+    lines = (
+        "#!/bin/sh",
+        'echo "make $*"',
+        "echo '== 1 failed, 2 passed in 3.45s =='",
+        "echo Error",
+        "exit 2",
+        "",
+    )
+    fake.write_text("\n".join(lines))
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    done = subprocess.run([ROOT / ".ci/run"], env=environment, capture_output=True, text=True)
+    printed = done.stdout.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert printed[0] == f"make PYTHON={sys.executable} test"
+    assert printed[-1] == "== 1 failed, 2 passed in 3.45s =="
