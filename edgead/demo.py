@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from edgead.cli import _bar, _count, summary, train_with_bar
+from edgead.commands import counter, progress_bar, summary, train_with_bar
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -19,8 +19,8 @@ def demo(arguments: argparse.Namespace) -> None:
     if not arguments.only_data:
         for old in (data, arguments.out / "run"):  # what an earlier demo left
             shutil.rmtree(old, ignore_errors=True)
-    with _bar("render", unit="image") as bar:
-        render_demo(data, seed=arguments.seed, progress=_count(bar))
+    with progress_bar("render", unit="image") as bar:
+        render_demo(data, seed=arguments.seed, progress=counter(bar))
     if arguments.only_data:
         print(f"{data}: 120 good training images, 40 good and 60 defective test images with masks")
         return
@@ -39,8 +39,8 @@ def _train_and_export(data: Path, arguments: argparse.Namespace) -> Path:
     print(
         f"trained {record['training']['steps']} steps in {record['training']['seconds']:.0f} s; {record['threshold']['claim']}"
     )
-    with _bar("export and compare", unit="image") as bar:
-        parity = export_run(run, bundle, name="tray", progress=_count(bar))
+    with progress_bar("export and compare", unit="image") as bar:
+        parity = export_run(run, bundle, name="tray", progress=counter(bar))
     print(
         f"{bundle}: {bundle.stat().st_size / 2**20:.1f} MiB; graph and networks agree on {parity.images} images within"
         f" {parity.score_deviation:.1e} of the score spread, {len(parity.flips)} verdict flips"
@@ -56,8 +56,8 @@ def _inspect(bundle: Path, data: Path, out: Path, start: float) -> None:
     from edgead.training.run import write_text
 
     dataset = open_dataset(data)
-    with load(bundle) as detector, _bar("inspect", unit="image") as bar:
-        evaluation = evaluate(detector, dataset, progress=_count(bar))
+    with load(bundle) as detector, progress_bar("inspect", unit="image") as bar:
+        evaluation = evaluate(detector, dataset, progress=counter(bar))
     write_text(out / "results.json", evaluation.to_json())
     report = out / "report.html"
     write_report(

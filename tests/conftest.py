@@ -178,3 +178,67 @@ def rewrite_manifest(tiny_bundle: Path) -> Callable[..., Path]:
         return path
 
     return rewrite
+
+
+@pytest.fixture(scope="session")
+def demo_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small rendered data set in the MVTec layout: 6 good training, 2 good and 7 defective test images."""
+    from edgead.training.demo_data import render_demo
+
+    root = tmp_path_factory.mktemp("images") / "tray"
+    render_demo(root, seed=3, train=6, good=2, defective=7)
+    return root
+
+
+@pytest.fixture(scope="session")
+def natural_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of rendered pictures that stand in for natural images."""
+    from edgead.training.demo_data import render_distractors
+
+    folder = tmp_path_factory.mktemp("natural") / "images"
+    render_distractors(folder, seed=1, count=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PDN-S teacher file with seeded random weights, scaled so that its features are of order 1."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from edgead.models.files import save_safetensors
+    from edgead.models.pdn import PDN
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        teacher = PDN("s")
+        for parameter in teacher.parameters():
+            if parameter.ndim == 4:
+                torch.nn.init.kaiming_normal_(parameter)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_safetensors(path, teacher.state_dict(), {"kind": "random"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_run(
+    demo_images: Path, natural_images: Path, random_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished EfficientAD-S run of 3 steps: real in every part, but hardly trained. Do not change it."""
+    from edgead.training.data import open_dataset
+    from edgead.training.fit import TrainConfig
+    from edgead.training.train import train
+
+    run = tmp_path_factory.mktemp("run") / "tray"
+    config = TrainConfig(steps=3)
+    train(open_dataset(demo_images, seed=config.seed), run, config, teacher=random_teacher, penalty=natural_images)
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FP32 bundle of `trained_run`. Copy it before you change it."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    from edgead.export.pack import export_run
+
+    path = tmp_path_factory.mktemp("bundle") / "tray.edgead"
+    export_run(trained_run, path)
+    return path

@@ -1,4 +1,4 @@
-"""From frame to verdict: with the tiny graph in ONNX Runtime, which is exact enough to compare with NumPy."""
+"""From frame to verdict: the tiny graph in ONNX Runtime is exact enough to compare with NumPy."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_batch_holds_few_frames_at_once(detector: Detector) -> None:
             yield frame
 
     assert len(detector.predict_batch(frames())) == 80
-    assert 16 <= most <= 34  # one group being worked on, one being collected
+    assert most <= 2  # the one being inspected and the one being made
 
 
 def test_the_time_of_the_generator_is_not_counted(detector: Detector) -> None:
@@ -187,13 +187,13 @@ def test_the_threshold_must_be_finite(value: Any, detector: Detector) -> None:
 
 def test_numbers_that_are_not_finite_give_no_verdict(tiny: Any, tmp_path: Path) -> None:
     """A calibration near the largest float32 overflows in the graph where there is a spot."""
-    calibration = replace(tiny.manifest.calibration, values=(3e38, 3e38, 1e38))
+    calibration = replace(tiny.manifest.calibration, values=(3e38, 3e38, 2.5e38))
     path = tiny.write(tmp_path / "overflow.edgead", calibration=calibration)
     with edgead.load(path, backend="onnxruntime", threads=1) as detector:
         with pytest.raises(BackendError, match="there is no verdict"):
             detector(tiny.frames(1, spots=True)[0])
         frames = [*tiny.frames(18, spots=False), *tiny.frames(1, spots=True)]
-        with pytest.raises(BackendError, match="for frame 18"):
+        with pytest.raises(BackendError, match="frame 18: .*there is no verdict"):
             detector.predict_batch(frames)
 
 

@@ -303,6 +303,8 @@ def test_damaged_file_is_read_or_refused_but_nothing_else(
 def test_mask_is_what_is_brighter_than_127(tmp_path: Path) -> None:
     write_image(tmp_path / "mask.png", np.array([[0, 127, 128, 255]], np.uint8))
     assert read_mask(tmp_path / "mask.png").tolist() == [[False, False, True, True]]
+    cv2.imwrite(str(tmp_path / "16bit.png"), np.array([[0, 255, 127 * 257, 127 * 257 + 1]], np.uint16))
+    assert read_mask(tmp_path / "16bit.png").tolist() == [[False, False, False, True]]
     write_image(tmp_path / "black.png", np.zeros((2, 3), np.uint8))
     assert read_mask(tmp_path / "black.png").tolist() == [[False] * 3] * 2
 
@@ -443,6 +445,7 @@ def test_resize_matrix_by_hand() -> None:
     np.testing.assert_array_equal(resize_matrix(5, 5), np.eye(5, dtype=np.float32))
 
 
+@settings(deadline=None)
 @given(source_px=st.integers(1, 300), target_px=st.integers(1, 300))
 def test_resize_matrix_is_an_average(source_px: int, target_px: int) -> None:
     matrix = resize_matrix(source_px, target_px)

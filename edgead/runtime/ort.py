@@ -37,6 +37,8 @@ class OrtBackend:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        # Planning memory ahead needs a third more (EfficientAD-S: 525 MiB, not 390) and saves no time.
+        options.enable_mem_pattern = False
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

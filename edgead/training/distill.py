@@ -47,6 +47,7 @@ class DistillConfig:
     weight_decay: float = 1e-5
     held_out: float = 0.05
     seed: int = 0
+    checkpoint_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ def distill(
             )
         if progress:
             progress(step + 1, config.steps, float(np.mean(recent)))
-        if time.monotonic() - saved > 120:
+        if time.monotonic() - saved >= config.checkpoint_s:
             saved = time.monotonic()
             state = {
                 "teacher": teacher.state_dict(),

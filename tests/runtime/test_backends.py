@@ -20,8 +20,8 @@ from edgead.bundle import Golden
 from edgead.manifest import Calibration, InputSpec, OutputSpec, Threshold
 from edgead.runtime import BACKENDS, Backend, Flip, TensorSpec, open_backend, replay
 
-# Against a NumPy reference in float64 on values up to 1.5. float32: a few roundings of 6e-8. bfloat16 keeps 8
-# bits, and the graph subtracts numbers near 1 that were rounded to 4e-3 each and multiplies by up to 2.
+# Against a NumPy reference in float64 on values up to 1.5. float32: a few roundings of 6e-8. bfloat16
+# keeps 8 bits: the graph subtracts numbers near 1, rounded to 4e-3 each, and multiplies by up to 2.
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2}
 CALIBRATION = np.array([2.0, 1.0, -0.05], np.float32)
 
@@ -31,7 +31,7 @@ def need(name: str) -> None:
         pytest.skip(f"{name} is not installed")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(scope="module", params=BACKENDS)
 def backend(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[Backend]:
     need(request.param)
     opened = open_backend(Bundle.open(tiny_bundle), request.param, threads=1)
@@ -148,7 +148,10 @@ def test_wrong_inputs(inputs: dict[str, Any], message: str, backend: Backend) ->
     run(backend, GOOD)  # still usable
 
 
-def test_close(backend: Backend) -> None:
+@pytest.mark.parametrize("name", BACKENDS)
+def test_close(name: str, tiny_bundle: Path) -> None:
+    need(name)
+    backend = open_backend(Bundle.open(tiny_bundle), name, threads=1)
     run(backend, GOOD)
     backend.close()
     backend.close()

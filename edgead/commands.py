@@ -1,0 +1,341 @@
+"""What the commands of `edgead` do. Each imports what it needs when it runs: `--help` works with core only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgead.errors import DataError
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given, to pass on; the others keep the default of where they are used."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+@contextmanager
+def progress_bar(title: str, total: float | None = None, **options: Any) -> Iterator[Any]:
+    """A progress bar on standard error; none where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield None
+        return
+    with tqdm(total=total, desc=title, dynamic_ncols=True, leave=True, **options) as bar:
+        yield bar
+
+
+def counter(bar: Any) -> Callable[[int, int], None]:
+    """Adapter from a (done, total) callback to a bar."""
+
+    def update(done: int, total: int) -> None:
+        if bar is not None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+    return update
+
+
+def distill(arguments: argparse.Namespace) -> None:
+    from edgead.training.distill import DistillConfig, distill
+
+    config = DistillConfig(**_given(arguments, "size", "steps", "batch", "learning_rate", "seed"))
+    with progress_bar("distill", config.steps, unit="step") as bar:
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            if bar is not None:
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update(step - bar.n)
+
+        result = distill(
+            arguments.images,
+            arguments.backbone,
+            arguments.out,
+            config,
+            device=arguments.device,
+            resume=arguments.resume,
+            progress=progress,
+        )
+    print(
+        f"{arguments.out}: PDN-{config.size.upper()}, loss {result.loss:.4f}, held-out loss {result.held_out_loss:.4f}"
+    )
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from edgead.training.data import open_dataset
+    from edgead.training.fit import TrainConfig
+
+    config = TrainConfig(
+        size=arguments.method[-1], **_given(arguments, "steps", "minutes", "false_reject", "seed")
+    )
+    dataset = open_dataset(arguments.data, seed=config.seed)
+    record = train_with_bar(dataset, arguments.out, config, arguments)
+    training, threshold = record["training"], record["threshold"]
+    print(
+        f"{arguments.out}: {training['steps']} steps in {training['seconds']:.0f} s on {len(dataset.train)} images"
+    )
+    print(f"threshold {threshold['value']:.4g}: {threshold['basis']}; {threshold['claim']}")
+
+
+def train_with_bar(
+    dataset: Any, out: Path, config: Any, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """`edgead.training.train.train` with a progress bar."""
+    from edgead.training.train import train
+
+    with progress_bar(
+        "train", 1.0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    ) as bar:
+
+        def progress(fraction: float, step: int, losses: Any) -> None:
+            if bar is not None:
+                bar.set_postfix(
+                    step=step,
+                    hard=f"{losses.hard:.3f}",
+                    penalty=f"{losses.penalty:.3f}",
+                    ae=f"{losses.autoencoder:.3f}",
+                    refresh=False,
+                )
+                bar.update(fraction - bar.n)
+
+        return train(
+            dataset,
+            out,
+            config,
+            progress=progress,
+            teacher=getattr(arguments, "teacher", None),
+            penalty=getattr(arguments, "penalty", None),
+            device=getattr(arguments, "device", "auto"),
+            resume=getattr(arguments, "resume", False),
+        )
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from edgead.export.pack import export_run
+
+    with progress_bar("parity", unit="image") as bar:
+        parity = export_run(
+            arguments.run_folder,
+            arguments.out,
+            precision=arguments.precision,
+            frame=arguments.frame,
+            name=arguments.name,
+            progress=counter(bar),
+        )
+    size = arguments.out.stat().st_size / 2**20
+    print(
+        f"{arguments.out}: {size:.1f} MiB, {parity.precision}; {parity.images} images, largest score deviation"
+        f" {parity.score_deviation:.1e} of the score spread, {len(parity.flips)} verdict flips"
+    )
+    for flip in parity.flips:
+        print(
+            f"  within the margin of {parity.margin:.3g}: {flip.image}: {flip.reference:.5g} -> {flip.exported:.5g}"
+        )
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from edgead.bundle import Bundle
+
+    bundle = Bundle.open(arguments.bundle)
+    manifest = bundle.manifest
+    if arguments.json:
+        print(manifest.to_json(), end="")
+        return
+    limit, parity = manifest.threshold, manifest.parity
+    rows = {
+        "bundle": f"{arguments.bundle} ({arguments.bundle.stat().st_size / 2**20:.1f} MiB), format {manifest.format[0]}.{manifest.format[1]}",
+        "recipe": f"{manifest.name}, {manifest.method}, {manifest.precision}",
+        "input": f"uint8 [N, {manifest.input.height}, {manifest.input.width}, 3] {manifest.input.color}; resize: {manifest.input.resize}",
+        "threshold": f"{limit.value:.6g} ({limit.basis})",
+        "calibration": ", ".join(
+            f"{n} {v:.5g}"
+            for n, v in zip(manifest.calibration.names, manifest.calibration.values, strict=True)
+        ),
+        "graph": _graph_text(bundle.model_bytes()),
+        "golden": f"{len(bundle.golden().scores)} samples, scores {', '.join(f'{s:.4g}' for s in bundle.golden().scores)}",
+    }
+    if limit.upper_bound is not None:
+        rows["false rejects"] = (
+            f"at most {limit.upper_bound:.1%} ({limit.confidence:.0%} confidence, {limit.good_images} good images);"
+            f" target {limit.target_false_reject_rate:.2%}"
+        )
+    if parity:
+        rows["parity"] = (
+            f"{parity['images']} images, score deviation {parity['score_deviation']:.1e} of the spread, {len(parity['flips'])} flips"
+        )
+    rows |= {
+        f"{part}.{key}": json.dumps(value)
+        for part in ("model", "provenance")
+        for key, value in getattr(manifest, part).items()
+    }
+    for member, entry in manifest.members.items():
+        rows[f"member {member}"] = f"{entry.bytes} bytes, sha256 {entry.sha256[:16]}… checked"
+    width = max(map(len, rows))
+    for key, text in rows.items():
+        print(f"{key:<{width}}  {text}")
+
+
+def _graph_text(content: bytes) -> str:
+    try:
+        from edgead.export.to_onnx import describe
+    except ModuleNotFoundError:
+        return f'{len(content) / 2**20:.1f} MiB of ONNX; for its nodes: pip install "edgead[export]"'
+    graph = describe(content)
+    nodes: Any = graph["nodes"]
+    return f"opset {graph['opset']}, {sum(nodes.values())} nodes: " + ", ".join(
+        f"{count} {name}" for name, count in nodes.items()
+    )
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from edgead.bundle import Bundle
+    from edgead.runtime import open_backend, replay
+
+    bundle = Bundle.open(arguments.bundle)
+    backend = open_backend(bundle, arguments.backend, threads=arguments.threads)
+    result = replay(backend, bundle)
+    backend.close()
+    print(
+        f"{backend.name} ({backend.precision}): {result.images} golden samples, largest deviation of a score"
+        f" {result.score_deviation:.3g} ({result.relative_score_deviation:.1e} of their spread), of a map"
+        f" {result.map_deviation:.3g}; nearest score to the threshold {result.margin:.3g} away"
+    )
+    for flip in result.flips:
+        print(
+            f"sample {flip.index}: expected {'NG' if flip.expected else 'OK'}, got {'NG' if flip.got else 'OK'}"
+        )
+    print(
+        "same verdicts as the reference"
+        if result.ok
+        else "FAILED: this device does not reproduce the reference"
+    )
+    return 0 if result.ok else 1
+
+
+def set_threshold(arguments: argparse.Namespace) -> None:
+    from edgead.bundle import Bundle, set_threshold
+
+    before = Bundle.open(arguments.bundle).manifest.threshold.value
+    set_threshold(arguments.bundle, arguments.value)
+    print(f"{arguments.bundle}: threshold {before:.6g} -> {arguments.value:.6g}")
+
+
+def _images(paths: Sequence[Path]) -> list[Path]:
+    from edgead.image import list_images
+
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = list_images(path)
+            if not inside:
+                raise DataError(f"{path}: no images in this folder or below it")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    from edgead.detector import load
+    from edgead.image import overlay, read_image, write_image
+
+    images = _images(arguments.paths)
+    if arguments.heatmaps:
+        arguments.heatmaps.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    with load(arguments.bundle, backend=arguments.backend, threads=arguments.threads) as detector:
+        for number, path in enumerate(images):
+            try:
+                frame = read_image(path)
+                result = detector(frame)
+            except DataError as error:  # one bad file does not lose the verdicts of the others
+                failed += 1
+                print(
+                    json.dumps({"path": str(path), "error": str(error)})
+                    if arguments.json
+                    else f"ERROR  {error}",
+                    flush=True,
+                )
+                continue
+            if arguments.json:
+                row = {"path": str(path), "score": result.score, "is_anomalous": result.is_anomalous}
+                print(
+                    json.dumps(
+                        {**row, "threshold": result.threshold, "elapsed_ms": round(result.elapsed_ms, 3)}
+                    ),
+                    flush=True,
+                )
+            else:
+                print(
+                    f"{'NG' if result.is_anomalous else 'OK'}  {result.score:9.4f}  {result.elapsed_ms:7.1f} ms  {path}",
+                    flush=True,
+                )
+            if arguments.heatmaps:
+                picture = overlay(
+                    frame, result.anomaly_map, low=0.0, high=2 * max(result.threshold, 1e-6)
+                )
+                write_image(arguments.heatmaps / f"{number:05d}_{path.stem}.png", picture)
+    if failed:
+        print(
+            f"edgead predict: {failed} of {len(images)} images could not be inspected", file=sys.stderr
+        )
+    return 1 if failed else 0
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from edgead.detector import load
+    from edgead.evaluate import evaluate
+    from edgead.training.data import open_dataset
+    from edgead.training.run import write_text
+
+    dataset = open_dataset(arguments.data)
+    with load(arguments.bundle, backend=arguments.backend, threads=arguments.threads) as detector:
+        with progress_bar("evaluate", unit="image") as bar:
+            evaluation = evaluate(detector, dataset, progress=counter(bar))
+    if arguments.json:
+        write_text(arguments.json, evaluation.to_json())
+    if arguments.html:
+        from edgead.report import load_pictures, write_report
+
+        write_report(
+            arguments.html,
+            evaluation,
+            load_pictures(evaluation, dataset),
+            title=f"{evaluation.name}: {evaluation.method}",
+        )
+    print("\n".join(summary(evaluation)))
+
+
+def summary(evaluation: Any) -> list[str]:
+    """The figures of an evaluation for a terminal."""
+    e = evaluation
+    lines = [
+        f"{e.name}: {e.images} images ({e.good_images} good, {e.defect_images} with defects), {e.backend} {e.precision}",
+        f"image AUROC {e.image_auroc:.4f}   pixel AUROC {e.pixel_auroc:.4f}   AU-PRO@30 {e.au_pro_30:.4f}   AU-PRO@5 {e.au_pro_05:.4f}",
+        f"threshold {e.threshold:.4g}: rejects {e.false_rejects} of {e.good_images} good ({e.false_reject_rate:.1%}),"
+        f" misses {e.missed_defects} of {e.defect_images} defects ({e.missed_defect_rate:.1%})",
+    ]
+    lines += [
+        f"  {name:<16} image AUROC {row['image_auroc']:.4f}, misses {row['missed_defects']} of {row['images']}"
+        for name, row in e.per_defect.items()
+    ]
+    lines.append(
+        "latency of a call "
+        + ", ".join(f"{key} {e.latency_ms[key]:.1f} ms" for key in ("p50", "p90", "p99", "max"))
+    )
+    return [
+        *lines,
+        *(f"note: {note}" for note in e.notes),
+        *(f"error: {row['path']}: {row['message']}" for row in e.errors),
+    ]
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from edgead.demo import demo
+
+    demo(arguments)

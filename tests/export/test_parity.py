@@ -1,0 +1,83 @@
+"""The parity gate lets equal graphs pass and stops others; golden samples are the telling ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgead.bundle import Bundle
+from edgead.errors import ExportError
+from edgead.export.parity import Flip, Parity, choose_golden, compare
+from edgead.image import list_images
+from edgead.training.run import read_run
+
+
+@pytest.fixture(scope="module")
+def arguments(trained_run: Path, trained_bundle: Path, demo_images: Path) -> dict[str, object]:
+    run = read_run(trained_run)
+    return {
+        "model": run.model,
+        "onnx_content": Bundle.open(trained_bundle).model_bytes(),
+        "images": list_images(demo_images / "test")[:3],
+        "precision": "fp32",
+        "calibration": np.array(run.record["calibration"]["values"], np.float32),
+        "threshold": run.record["threshold"]["value"],
+    }
+
+
+def test_exported_graph_agrees_within_1e_4_of_the_spread_without_flips(arguments: dict[str, object]) -> None:
+    parity, golden = compare(**arguments)  # type: ignore[arg-type]
+    assert parity.images == 3 and not parity.flips and not parity.failures
+    assert parity.score_deviation < 1e-4 and parity.map_deviation < 1e-4
+    assert golden.images.dtype == np.uint8 and golden.images.shape[1:] == (256, 256, 3)
+    np.testing.assert_allclose(golden.maps.max(axis=(1, 2)), golden.scores)
+
+
+def _damaged(content: bytes, scale: float) -> bytes:
+    """The same graph with one convolution's bias scaled: a fold gone wrong."""
+    model = onnx.load_from_string(content)
+    conv = [node for node in model.graph.node if node.op_type == "Conv"][0]
+    for tensor in model.graph.initializer:
+        if tensor.name == conv.input[2]:
+            values = onnx.numpy_helper.to_array(tensor) * np.float32(scale)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return model.SerializeToString()
+
+
+def test_a_wrong_fold_is_stopped(arguments: dict[str, object]) -> None:
+    content = _damaged(arguments["onnx_content"], 1.05)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="fails the parity gate on 3 images: the largest score deviation"):
+        compare(**{**arguments, "onnx_content": content})  # type: ignore[arg-type]
+
+
+def test_nan_is_stopped(arguments: dict[str, object]) -> None:
+    content = _damaged(arguments["onnx_content"], float("nan"))  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="NaN or infinite scores"):
+        compare(**{**arguments, "onnx_content": content})  # type: ignore[arg-type]
+
+
+def test_no_images_is_an_error(arguments: dict[str, object]) -> None:
+    with pytest.raises(ExportError, match="needs images"):
+        compare(**{**arguments, "images": []})  # type: ignore[arg-type]
+
+
+def test_flips_fail_always_in_fp32_and_beyond_the_margin_in_fp16() -> None:
+    near, far = Flip("near.png", 0.995, 1.002), Flip("far.png", 0.5, 1.5)
+    parity = Parity("fp32", 9, 2.0, 5e-5, 5e-5, 1e-4, 2e-4, (near,))
+    assert ["near.png" in failure for failure in parity.failures] == [True]
+    half = replace(parity, precision="fp16", tolerance=1e-2, margin=2e-2)
+    assert half.failures == []
+    assert ["far.png" in failure for failure in replace(half, flips=(near, far)).failures] == [True]
+    assert len(replace(half, score_deviation=float("nan")).failures) == 1
+
+
+def test_golden_samples_surround_the_threshold_outside_the_margin() -> None:
+    scores = np.array([0.1, 0.4, 0.99, 1.01, 1.3, 5.0, 0.2])
+    assert choose_golden(scores, 1.0, 0.05, bytes_per_image=1) == [4, 1, 5, 0]
+    assert choose_golden(scores, 1.0, 0.05, bytes_per_image=40 << 20) == [4]
+    assert choose_golden(np.array([0.99, 1.01]), 1.0, 0.5, bytes_per_image=1) == [1, 0]  # none outside: take these
+    assert choose_golden(np.array([0.1, 0.3]), 1.0, 0.1, bytes_per_image=1) == [1, 0]  # all good

@@ -1,0 +1,98 @@
+"""Map scale and threshold; bounds are checked against scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgead.errors import TrainingError
+from edgead.training.calibrate import (
+    MapScale,
+    binomial_upper_bound,
+    choose_threshold,
+    graph_constants,
+)
+
+
+def test_low_quantile_maps_to_0_and_high_to_a_tenth() -> None:
+    rng = np.random.default_rng(0)
+    local, logical = MapScale.of(rng.random((5, 56, 56))), MapScale.of(7 * rng.random((5, 56, 56)))
+    a, b, offset = graph_constants(local, logical).astype(np.float64)
+    assert a * local.low + b * logical.low + offset == pytest.approx(0, abs=1e-6)
+    assert a * local.high + b * logical.high + offset == pytest.approx(0.1, abs=1e-6)
+
+
+def test_quantiles_interpolate_linearly() -> None:
+    values = np.arange(1001.0).reshape(1, 7, 143)
+    assert MapScale.of(values) == MapScale(900.0, 995.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_identical_good_images_give_a_finite_scale(value: float) -> None:
+    scale = MapScale.of(np.full((3, 56, 56), value))
+    constants = graph_constants(scale, scale)
+    assert np.isfinite(constants).all() and (constants[:2] > 0).all()
+
+
+@pytest.mark.parametrize("maps", [np.empty((0, 56, 56)), np.full((1, 2, 2), np.nan)])
+def test_no_or_bad_maps_are_an_error(maps: np.ndarray) -> None:
+    with pytest.raises(TrainingError, match="calibration maps"):
+        MapScale.of(maps)
+
+
+scores = st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=400).map(np.array)
+
+
+@given(scores, st.sampled_from([0.001, 0.01, 0.05, 0.2]))
+def test_no_more_good_images_are_rejected_than_asked_for(values: np.ndarray, rate: float) -> None:
+    threshold = choose_threshold(values, false_reject=rate)
+    rejected = int((values >= threshold.value).sum())
+    assert rejected <= math.floor(len(values) * rate + 1e-9)
+    assert np.float32(threshold.value) == threshold.value  # survives the float32 of graphs and files
+    assert threshold.upper_bound == pytest.approx(binomial_upper_bound(rejected, len(values)), abs=1e-9)
+
+
+def test_order_statistic_with_enough_images() -> None:
+    values = np.arange(200.0)
+    threshold = choose_threshold(values, false_reject=0.01)
+    assert 197 < threshold.value < 197.001
+    assert threshold.basis.startswith("order statistic: 2 of 200")
+
+
+def test_extrapolation_hits_the_rate_on_average_for_gumbel_scores() -> None:
+    """Maxima follow a Gumbel law: over 300 calibrations with 21 images the true rate is near the 1 % asked for."""
+    rng = np.random.default_rng(1)
+    values = [choose_threshold(rng.gumbel(3, 0.5, 21)).value for _ in range(300)]
+    rates = [-math.expm1(-math.exp(-(value - 3) / 0.5)) for value in values]
+    assert 0.004 < float(np.median(rates)) < 0.025
+
+
+@pytest.mark.parametrize("events", [0, 1, 5])
+@pytest.mark.parametrize("n", [6, 21, 300])
+def test_upper_bound_is_clopper_pearson(events: int, n: int) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy, the oracle, is not installed")
+    assert binomial_upper_bound(events, n, 0.95) == pytest.approx(stats.beta.ppf(0.95, events + 1, n - events))
+
+
+def test_claim_says_what_the_images_support() -> None:
+    few, many = choose_threshold(np.arange(21.0)), choose_threshold(np.arange(1000.0), false_reject=0.05)
+    assert "at most 13.3% (95% confidence); asked for was 1.00%, which takes at least 299" in few.claim
+    assert "takes at least" not in choose_threshold(np.arange(400.0), false_reject=0.2).claim
+    assert many.upper_bound == pytest.approx(0.063, abs=0.002)
+
+
+def test_one_image_leaves_room_above_its_score() -> None:
+    assert choose_threshold(np.array([2.0])).value > 2.05
+
+
+@pytest.mark.parametrize(
+    ("values", "rate", "message"),
+    [([], 0.01, "got 0 scores"), ([1, math.inf], 0.01, "finite scores"), ([1, 2], 0.0, "out of range"), ([1], 0.7, "out of range")],
+)  # fmt: skip
+def test_bad_input(values: list[float], rate: float, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        choose_threshold(np.array(values), false_reject=rate)

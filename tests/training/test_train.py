@@ -1,0 +1,100 @@
+"""From data set to run folder: what is written, what is refused, and the penalty images that are never left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgead.errors import TrainingError
+from edgead.image import read_image, resize
+from edgead.models.files import save_safetensors
+from edgead.models.pdn import PDN
+from edgead.training.data import open_dataset
+from edgead.training.fit import TrainConfig, raw_maps
+from edgead.training.run import read_run
+from edgead.training.train import penalty_folder, train
+
+
+def test_run_folder_holds_what_it_says(trained_run: Path, demo_images: Path) -> None:
+    record = json.loads((trained_run / "run.json").read_text())
+    dataset = open_dataset(demo_images, seed=42)
+    assert record["method"] == "efficientad-s"
+    assert record["data"]["fingerprint"] == dataset.fingerprint()
+    assert len(record["data"]["train"]) == 5 and len(record["data"]["validation"]) == 1
+    assert not set(record["data"]["train"] + record["data"]["validation"]) & set(record["data"]["test"])
+    assert record["training"]["steps"] == 3 and record["penalty"]["images"] == 6
+    assert record["made"]["versions"]["edgead"] == "0.1.0"
+    assert "takes at least 299" in record["threshold"]["claim"]
+    assert {path.name for path in trained_run.iterdir()} == {"run.json", "detector.safetensors", "losses.csv"}
+
+
+def test_threshold_and_scale_come_from_the_validation_images(trained_run: Path) -> None:
+    """Recomputed here from the saved weights: quantiles 0.9 and 0.995 of the raw maps, score = maximum."""
+    run = read_run(trained_run)
+    root = Path(run.record["data"]["root"])
+    images = np.stack([resize(read_image(root / path), 256, 256) for path in run.record["data"]["validation"]])
+    import torch
+
+    local, logical = raw_maps(run.model, images, torch.device("cpu"))
+    joined = np.zeros_like(local)
+    for maps, name in ((local, "local"), (logical, "logical")):
+        low, high = np.quantile(maps.astype(np.float64), [0.9, 0.995])
+        quantiles = run.record["calibration"]["quantiles"][name]
+        assert quantiles == pytest.approx({"low": low, "high": high}, rel=1e-4)
+        joined += (0.05 * (maps - low) / (high - low)).astype(np.float32)
+    assert run.record["calibration"]["scores"] == pytest.approx(joined.max(axis=(1, 2)), rel=1e-3)
+    assert run.record["threshold"]["value"] > joined.max()
+
+
+def test_without_penalty_images_others_are_rendered_and_said_loudly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, natural_images: Path
+) -> None:
+    monkeypatch.delenv("EDGEAD_PENALTY_IMAGES", raising=False)
+    monkeypatch.setattr("edgead.training.train.DISTRACTORS", 3)
+    tmp_path.joinpath("run").mkdir()
+    with caplog.at_level(logging.WARNING):
+        folder, source = penalty_folder(None, tmp_path / "run", seed=0)
+    assert len(list(folder.iterdir())) == 3 and source == "3 rendered pictures"
+    assert "no penalty images named" in caplog.text and "--penalty" in caplog.text
+    monkeypatch.setenv("EDGEAD_PENALTY_IMAGES", str(natural_images))
+    assert penalty_folder(None, tmp_path, seed=0) == (natural_images, "from EDGEAD_PENALTY_IMAGES")
+    assert penalty_folder(tmp_path, tmp_path, seed=0)[0] == tmp_path
+
+
+def test_teacher_of_the_wrong_size(tmp_path: Path, demo_images: Path, natural_images: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_safetensors(path, PDN("m").state_dict(), {})
+    with pytest.raises(TrainingError, match="is a PDN-M teacher.*--method efficientad-m"):
+        train(open_dataset(demo_images), tmp_path / "run", TrainConfig(steps=1), teacher=path, penalty=natural_images)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"minutes": 0.0}, {"minutes": -1.0}])
+def test_nothing_to_do_is_an_error(options: dict[str, float]) -> None:
+    with pytest.raises(TrainingError, match="at least one step"):
+        TrainConfig(**options)  # type: ignore[arg-type]
+
+
+def test_minutes_end_the_training(tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path) -> None:
+    fractions: list[float] = []
+    config = TrainConfig(minutes=0.02)
+    record = train(
+        open_dataset(demo_images), tmp_path / "run", config, teacher=random_teacher, penalty=natural_images,
+        progress=lambda fraction, step, losses: fractions.append(fraction),
+    )  # fmt: skip
+    assert record["training"]["steps"] == len(fractions) >= 1
+    assert fractions == sorted(fractions) and fractions[-1] <= 1.0
+
+
+def test_folders_that_are_no_run(tmp_path: Path, trained_run: Path) -> None:
+    with pytest.raises(TrainingError, match="is no training run: it has no run.json"):
+        read_run(tmp_path)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(TrainingError, match="has not finished"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": ')
+    with pytest.raises(TrainingError, match="damaged"):
+        read_run(tmp_path)
