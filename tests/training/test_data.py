@@ -160,14 +160,13 @@ pcb1,train,normal,pcb1/Data/Images/Normal/0000.JPG,
 def visa(root: Path, table: str | None = VISA_TABLE) -> Path:
     make(
         root / "candle",
-        *numbered("Data/Images/Normal", 1, "0.JPG"),
         *("Data/Images/Normal/0000.JPG", "Data/Images/Normal/0001.JPG", "Data/Images/Normal/0002.JPG"),
         "Data/Images/Anomaly/000.JPG",
     )
     write_mask(root / "candle/Data/Masks/Anomaly/000.png", [0, 1, 6])
     if table is not None:
         (root / "split_csv").mkdir()
-        (root / "split_csv" / "1cls.csv").write_text(table)
+        (root / "split_csv" / "1cls.csv").write_text(table, encoding="utf-8-sig")  # as Excel
     return root / "candle"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -21,9 +22,18 @@ from edgead.training.demo_data import (
     spread,
 )
 from edgead.training.demo_parts import all_parts
+from edgead.training.demo_scene import Scene
 
 STRUCTURAL = tuple(demo_defects.STRUCTURAL)
-SMALL = {"train": 3, "good": 2, "defective": 14}
+SMALL = {"train": 2, "good": 1, "defective": 8}
+
+# Of the first ten pictures of a surface defect: least and greatest size, least contrast (0.06, 0.97, 0.17).
+SMALLEST, LARGEST, FAINTEST = 9, 4, 3
+
+
+@functools.cache
+def example(kind: str, index: int, *, with_defect: bool = True) -> tuple[np.ndarray, np.ndarray, Scene]:
+    return render_example(0, kind, index, with_defect=with_defect)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -39,8 +49,8 @@ def read(path: Path) -> np.ndarray:
 
 def with_and_without(kind: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Largest change over the channels [H, W], distance to the mask [H, W] in pixels, and the mask."""
-    defective, mask, _ = render_example(0, kind, index)
-    clean, nothing, _ = render_example(0, kind, index, with_defect=False)
+    defective, mask, _ = example(kind, index)
+    clean, nothing, _ = example(kind, index, with_defect=False)
     assert not nothing.any()
     change = np.abs(defective.astype(int) - clean).max(axis=2)
     return change, cv2.distanceTransform(np.uint8(~mask), cv2.DIST_L2, cv2.DIST_MASK_PRECISE), mask
@@ -54,8 +64,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_layout_is_that_of_mvtec(demo: Path) -> None:
-    expected = {f"train/good/{i:03d}.jpg" for i in range(3)} | {f"test/good/{i:03d}.jpg" for i in range(2)}
-    for kind, count in spread(14).items():
+    expected = {"train/good/000.jpg", "train/good/001.jpg", "test/good/000.jpg"}
+    for kind, count in spread(8).items():
         expected |= {f"test/{kind}/{i:03d}.jpg" for i in range(count)}
         expected |= {f"ground_truth/{kind}/{i:03d}_mask.png" for i in range(count)}
     assert set(hashes(demo)) == expected
@@ -77,10 +87,10 @@ def test_pictures_and_masks_fit(demo: Path) -> None:
 
 def test_files_hold_the_rendered_example(demo: Path) -> None:
     """Up to JPEG compression: quality 86 to 94 on sensor noise changes a value by 1 to 2.5 in the mean."""
-    picture, mask, _ = render_example(5, "chip", 1)
-    stored = read(demo / "test/chip/001.jpg")[..., ::-1]
+    picture, mask, _ = render_example(5, "chip", 0)
+    stored = read(demo / "test/chip/000.jpg")[..., ::-1]
     assert np.abs(stored.astype(int) - picture).mean() < 3.5
-    assert np.array_equal(read(demo / "ground_truth/chip/001_mask.png") > 127, mask)
+    assert np.array_equal(read(demo / "ground_truth/chip/000_mask.png") > 127, mask)
 
 
 def test_same_seed_same_bytes_for_any_number_of_threads(demo: Path, tmp_path: Path) -> None:
@@ -89,7 +99,7 @@ def test_same_seed_same_bytes_for_any_number_of_threads(demo: Path, tmp_path: Pa
 
 
 def test_another_seed_gives_other_pictures(demo: Path, tmp_path: Path) -> None:
-    render_demo(tmp_path / "other", seed=6, train=3, good=2, defective=0)
+    render_demo(tmp_path / "other", seed=6, train=2, good=0, defective=0)
     other, first = hashes(tmp_path / "other"), hashes(demo)
     assert not set(other.values()) & set(first.values())
     assert len(set(first.values())) == len(first)
@@ -99,12 +109,12 @@ def test_another_seed_gives_other_pictures(demo: Path, tmp_path: Path) -> None:
 def test_mask_covers_just_what_a_surface_defect_changes(kind: str) -> None:
     """The lens smears a defect's outline: up to 26 grey values on the pixels that touch the mask, 8 values
     two pixels away, and nothing further out. Largest seen with seed 0: 24, 7, 0."""
-    for index in (1, 4):  # a small and a large one
+    for index in (SMALLEST, LARGEST):
         change, away_px, mask = with_and_without(kind, index)
         assert change[away_px > 0].max() <= 26
         assert change[away_px > 1].max() <= 8
         assert change[away_px > 4].max() == 0
-        assert (change[mask] >= 3).mean() > 0.5, "the mask is much larger than the change"
+        assert (change[mask] >= 3).mean() > 0.5, "the mask is larger than the change"
 
 
 @pytest.mark.parametrize("kind", LOGICAL)
@@ -120,7 +130,7 @@ def test_mask_of_a_logical_defect_covers_all_but_shadows(kind: str) -> None:
 def test_regions_of_logical_defects() -> None:
     """Components of the mask; the parts are 100 to 150 px long (screw and chip package the longest)."""
     for kind, regions in (("missing", 1), ("doubled", 1), ("swapped", 2)):
-        _, mask, _ = render_example(0, kind, 1)
+        _, mask, _ = example(kind, 0)
         count, _, stats, _ = cv2.connectedComponentsWithStats(np.uint8(mask))
         assert count - 1 == regions
         longest = stats[1:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(axis=1)
@@ -129,7 +139,7 @@ def test_regions_of_logical_defects() -> None:
 
 def test_logical_defects_change_the_parts_and_not_their_number_of_kinds() -> None:
     def lying(kind: str) -> list[int]:
-        return sorted(placement.part for placement in render_example(2, kind, 0)[2].placements)
+        return sorted(placement.part for placement in example(kind, 0)[2].placements)
 
     assert lying("swapped") == lying("good") == [0, 1, 2, 3, 4, 5]
     assert len(lying("missing")) == 5 and len(set(lying("missing"))) == 5
@@ -139,8 +149,8 @@ def test_logical_defects_change_the_parts_and_not_their_number_of_kinds() -> Non
 def test_defects_range_from_about_six_pixels_to_a_whole_part() -> None:
     lengths = {}
     for kind in STRUCTURAL:
-        for index in (1, 9, 4):  # the smallest, and the largest, sizes of the first ten
-            ys, xs = np.nonzero(render_example(0, kind, index)[1])
+        for index in (SMALLEST, LARGEST):
+            ys, xs = np.nonzero(example(kind, index)[1])
             lengths[kind, index] = max(np.ptp(xs), np.ptp(ys)) + 1
     assert demo_defects.SMALLEST_PX <= min(lengths.values()) <= 9
     assert max(lengths.values()) > 80
@@ -149,19 +159,18 @@ def test_defects_range_from_about_six_pixels_to_a_whole_part() -> None:
 @pytest.mark.parametrize("kind", STRUCTURAL)
 def test_faintest_defects_stand_out_of_the_noise(kind: str) -> None:
     """Softened as an eye does it, a defect must change its pixels by more than the noise that is left."""
-    index = 3  # the least contrast of the first ten
-    defective, mask, scene = render_example(0, kind, index)
-    clean, _, _ = render_example(0, kind, index, with_defect=False)
+    defective, mask, scene = example(kind, FAINTEST)
+    clean, _, _ = example(kind, FAINTEST, with_defect=False)
     soft = [cv2.GaussianBlur(np.float32(picture), (0, 0), 0.8) for picture in (defective, clean)]
     left = scene.noise / (2 * np.sqrt(np.pi) * 0.8)  # deviation of white noise after that blur
     assert np.abs(soft[0] - soft[1]).max(axis=2)[mask].mean() > 3 * left
 
 
 def test_good_pictures_differ_in_light_and_lie() -> None:
-    pictures = [np.float32(render_example(0, "train", index)[0]) for index in range(4)]
+    pictures = [np.float32(example("train", index)[0]) for index in range(3)]
     assert np.ptp([picture.mean() for picture in pictures]) > 2
     assert np.abs(pictures[0] - pictures[1]).mean() > 5
-    scenes = [render_example(0, kind, 0)[2] for kind in ("train", "good")]
+    scenes = [example(kind, 0)[2] for kind in ("train", "good")]
     assert scenes[0] != scenes[1]
 
 

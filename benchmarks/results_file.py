@@ -1,0 +1,44 @@
+"""Benchmark results: one JSON file with the machine in it, and the same as a table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from edgead import machine
+from edgead.training.run import git_commit, write_text
+
+
+def write_results(path: Path, name: str, results: dict[str, Any]) -> None:
+    """Write `results` with date, commit and machine, atomically."""
+    header = {
+        "benchmark": name,
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "machine": machine.describe(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(header | results, indent=2) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(map(str, header)), ["---"] * len(header), *(list(map(str, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def fresh_process(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command and parse the last line it prints as JSON.
+
+    Raises:
+        RuntimeError: it failed; the message ends with what it wrote.
+    """
+    done = subprocess.run(list(command), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:3])} ... failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
