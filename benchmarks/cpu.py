@@ -3,8 +3,8 @@
     python -m edgead.benchmarks.cpu [--bundle X.edgead --run RUN] [--peer "COMMAND"] [--out FILE]
 
 Without a bundle one with seeded random weights is made: speed does not depend on the weights. The calls
-are timed in turn (see `edgead.benchmarks.timing`). A peer is any command that prints one JSON object with
-the milliseconds of its whole call on a 900x900 frame under "p50"; it runs right after them.
+are timed in turn (see `edgead.benchmarks.timing`). A peer is any command that prints one JSON object
+with the milliseconds of its whole call on a 900x900 frame under "p50"; it runs right after them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def random_bundle(path: Path) -> EfficientAD:
 
 
 def naive(model: EfficientAD) -> Callable[[torch.Tensor], Any]:
-    """Three networks one after another in eager PyTorch, FP32, as most deployments of the method run it."""
+    """Three networks one after another in eager PyTorch, FP32, as most deployments run them."""
 
     def run(image: torch.Tensor) -> float:
         with torch.inference_mode():
@@ -111,7 +111,7 @@ def measure(bundle: Path, model: EfficientAD, *, threads: int, rounds: int) -> d
 
 
 def start_up(bundle: Path, *, runs: int) -> dict[str, dict[str, float]]:
-    """Import plus load in fresh processes: medians; the first, which fills the file caches, is dropped."""
+    """Import plus load in fresh processes: medians without the first, which fills the file caches."""
     found = {}
     for name in (*BACKENDS, "auto"):
         if name != "auto" and importlib.util.find_spec(name) is None:

@@ -38,8 +38,8 @@ def interleave(
         functions: Name to function without arguments.
         rounds: Rounds over all functions.
         warmup: Calls of each function before the first round.
-        block: Timed calls of one function in a row; one more before them is not counted, because the first
-            call after another function finds the caches and threads of that one.
+        block: Timed calls of one function in a row; one more before them is not counted, because the
+            first call after another function finds the caches and threads of that one.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():

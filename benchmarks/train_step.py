@@ -2,8 +2,8 @@
 
     python -m edgead.benchmarks.train_step [--steps 20] [--out FILE]
 
-The plain loop computes the teacher anew, runs three separate student passes and a full quantile, in FP32.
-Both see the same images and start from the same weights; only speed differs.
+The plain loop computes the teacher anew, runs three separate student passes and a full quantile, in
+FP32. Both see the same images and start from the same weights; only speed differs.
 """
 
 from __future__ import annotations

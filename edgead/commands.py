@@ -1,4 +1,7 @@
-"""What the commands of `edgead` do. Each imports what it needs when it runs: `--help` works with core only."""
+"""What the commands of `edgead` do.
+
+Each imports what it needs when it runs: `--help` works with core only.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,8 @@ def distill(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     print(
-        f"{arguments.out}: PDN-{config.size.upper()}, loss {result.loss:.4f}, held-out loss {result.held_out_loss:.4f}"
+        f"{arguments.out}: PDN-{config.size.upper()}, loss {result.loss:.4f},"
+        f" held-out loss {result.held_out_loss:.4f}"
     )
 
 
@@ -77,7 +81,8 @@ def train(arguments: argparse.Namespace) -> None:
     record = train_with_bar(dataset, arguments.out, config, arguments)
     training, threshold = record["training"], record["threshold"]
     print(
-        f"{arguments.out}: {training['steps']} steps in {training['seconds']:.0f} s on {len(dataset.train)} images"
+        f"{arguments.out}: {training['steps']} steps in {training['seconds']:.0f} s"
+        f" on {len(dataset.train)} images"
     )
     print(f"threshold {threshold['value']:.4g}: {threshold['basis']}; {threshold['claim']}")
 
@@ -129,12 +134,14 @@ def export(arguments: argparse.Namespace) -> None:
         )
     size = arguments.out.stat().st_size / 2**20
     print(
-        f"{arguments.out}: {size:.1f} MiB, {parity.precision}; {parity.images} images, largest score deviation"
-        f" {parity.score_deviation:.1e} of the score spread, {len(parity.flips)} verdict flips"
+        f"{arguments.out}: {size:.1f} MiB, {parity.precision}; {parity.images} images,"
+        f" largest score deviation {parity.score_deviation:.1e} of the score spread,"
+        f" {len(parity.flips)} verdict flips"
     )
     for flip in parity.flips:
         print(
-            f"  within the margin of {parity.margin:.3g}: {flip.image}: {flip.reference:.5g} -> {flip.exported:.5g}"
+            f"  within the margin of {parity.margin:.3g}: {flip.image}:"
+            f" {flip.reference:.5g} -> {flip.exported:.5g}"
         )
 
 
@@ -148,25 +155,35 @@ def inspect(arguments: argparse.Namespace) -> None:
         return
     limit, parity = manifest.threshold, manifest.parity
     rows = {
-        "bundle": f"{arguments.bundle} ({arguments.bundle.stat().st_size / 2**20:.1f} MiB), format {manifest.format[0]}.{manifest.format[1]}",
+        "bundle": (
+            f"{arguments.bundle} ({arguments.bundle.stat().st_size / 2**20:.1f} MiB),"
+            f" format {manifest.format[0]}.{manifest.format[1]}"
+        ),
         "recipe": f"{manifest.name}, {manifest.method}, {manifest.precision}",
-        "input": f"uint8 [N, {manifest.input.height}, {manifest.input.width}, 3] {manifest.input.color}; resize: {manifest.input.resize}",
+        "input": (
+            f"uint8 [N, {manifest.input.height}, {manifest.input.width}, 3] {manifest.input.color};"
+            f" resize: {manifest.input.resize}"
+        ),
         "threshold": f"{limit.value:.6g} ({limit.basis})",
         "calibration": ", ".join(
             f"{n} {v:.5g}"
             for n, v in zip(manifest.calibration.names, manifest.calibration.values, strict=True)
         ),
         "graph": _graph_text(bundle.model_bytes()),
-        "golden": f"{len(bundle.golden().scores)} samples, scores {', '.join(f'{s:.4g}' for s in bundle.golden().scores)}",
+        "golden": (
+            f"{len(bundle.golden().scores)} samples,"
+            f" scores {', '.join(f'{s:.4g}' for s in bundle.golden().scores)}"
+        ),
     }
     if limit.upper_bound is not None:
         rows["false rejects"] = (
-            f"at most {limit.upper_bound:.1%} ({limit.confidence:.0%} confidence, {limit.good_images} good images);"
-            f" target {limit.target_false_reject_rate:.2%}"
+            f"at most {limit.upper_bound:.1%} ({limit.confidence:.0%} confidence,"
+            f" {limit.good_images} good images); target {limit.target_false_reject_rate:.2%}"
         )
     if parity:
         rows["parity"] = (
-            f"{parity['images']} images, score deviation {parity['score_deviation']:.1e} of the spread, {len(parity['flips'])} flips"
+            f"{parity['images']} images, score deviation {parity['score_deviation']:.1e} of the spread,"
+            f" {len(parity['flips'])} flips"
         )
     rows |= {
         f"{part}.{key}": json.dumps(value)
@@ -201,13 +218,15 @@ def verify(arguments: argparse.Namespace) -> int:
     result = replay(backend, bundle)
     backend.close()
     print(
-        f"{backend.name} ({backend.precision}): {result.images} golden samples, largest deviation of a score"
-        f" {result.score_deviation:.3g} ({result.relative_score_deviation:.1e} of their spread), of a map"
+        f"{backend.name} ({backend.precision}): {result.images} golden samples, largest deviation"
+        f" of a score {result.score_deviation:.3g}"
+        f" ({result.relative_score_deviation:.1e} of their spread), of a map"
         f" {result.map_deviation:.3g}; nearest score to the threshold {result.margin:.3g} away"
     )
     for flip in result.flips:
         print(
-            f"sample {flip.index}: expected {'NG' if flip.expected else 'OK'}, got {'NG' if flip.got else 'OK'}"
+            f"sample {flip.index}: expected {'NG' if flip.expected else 'OK'},"
+            f" got {'NG' if flip.got else 'OK'}"
         )
     print(
         "same verdicts as the reference"
@@ -271,9 +290,9 @@ def predict(arguments: argparse.Namespace) -> int:
                     flush=True,
                 )
             else:
+                verdict = "NG" if result.is_anomalous else "OK"
                 print(
-                    f"{'NG' if result.is_anomalous else 'OK'}  {result.score:9.4f}  {result.elapsed_ms:7.1f} ms  {path}",
-                    flush=True,
+                    f"{verdict}  {result.score:9.4f}  {result.elapsed_ms:7.1f} ms  {path}", flush=True
                 )
             if arguments.heatmaps:
                 picture = overlay(
@@ -315,13 +334,17 @@ def summary(evaluation: Any) -> list[str]:
     """The figures of an evaluation for a terminal."""
     e = evaluation
     lines = [
-        f"{e.name}: {e.images} images ({e.good_images} good, {e.defect_images} with defects), {e.backend} {e.precision}",
-        f"image AUROC {e.image_auroc:.4f}   pixel AUROC {e.pixel_auroc:.4f}   AU-PRO@30 {e.au_pro_30:.4f}   AU-PRO@5 {e.au_pro_05:.4f}",
-        f"threshold {e.threshold:.4g}: rejects {e.false_rejects} of {e.good_images} good ({e.false_reject_rate:.1%}),"
+        f"{e.name}: {e.images} images ({e.good_images} good, {e.defect_images} with defects),"
+        f" {e.backend} {e.precision}",
+        f"image AUROC {e.image_auroc:.4f}   pixel AUROC {e.pixel_auroc:.4f}"
+        f"   AU-PRO@30 {e.au_pro_30:.4f}   AU-PRO@5 {e.au_pro_05:.4f}",
+        f"threshold {e.threshold:.4g}: rejects {e.false_rejects} of {e.good_images} good"
+        f" ({e.false_reject_rate:.1%}),"
         f" misses {e.missed_defects} of {e.defect_images} defects ({e.missed_defect_rate:.1%})",
     ]
     lines += [
-        f"  {name:<16} image AUROC {row['image_auroc']:.4f}, misses {row['missed_defects']} of {row['images']}"
+        f"  {name:<16} image AUROC {row['image_auroc']:.4f},"
+        f" misses {row['missed_defects']} of {row['images']}"
         for name, row in e.per_defect.items()
     ]
     lines.append(

@@ -1,4 +1,7 @@
-"""`edgead demo`: from nothing to a running detector and a report, everything in it measured in that run."""
+"""`edgead demo`: from nothing to a running detector and a report.
+
+Everything in the report is measured in that run.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,14 @@ def _train_and_export(data: Path, arguments: argparse.Namespace) -> Path:
     run, bundle = arguments.out / "run", arguments.out / "tray.edgead"
     config = TrainConfig(minutes=arguments.minutes, seed=arguments.seed)
     record = train_with_bar(open_dataset(data, seed=config.seed), run, config, arguments)
-    print(
-        f"trained {record['training']['steps']} steps in {record['training']['seconds']:.0f} s; {record['threshold']['claim']}"
-    )
+    training, claim = record["training"], record["threshold"]["claim"]
+    print(f"trained {training['steps']} steps in {training['seconds']:.0f} s; {claim}")
     with progress_bar("export and compare", unit="image") as bar:
         parity = export_run(run, bundle, name="tray", progress=counter(bar))
     print(
-        f"{bundle}: {bundle.stat().st_size / 2**20:.1f} MiB; graph and networks agree on {parity.images} images within"
-        f" {parity.score_deviation:.1e} of the score spread, {len(parity.flips)} verdict flips"
+        f"{bundle}: {bundle.stat().st_size / 2**20:.1f} MiB; graph and networks agree"
+        f" on {parity.images} images within {parity.score_deviation:.1e} of the score spread,"
+        f" {len(parity.flips)} verdict flips"
     )
     return bundle
 
@@ -65,8 +68,8 @@ def _inspect(bundle: Path, data: Path, out: Path, start: float) -> None:
         evaluation,
         load_pictures(evaluation, dataset),
         title="edgead demo: a tray with six parts",
-        remark="Rendered pictures, made by edgead itself. A few minutes of training, no natural images: a detector for"
-        " a real line trains longer and with natural penalty images.",
+        remark="Rendered pictures, made by edgead itself. A few minutes of training, no natural images:"
+        " a detector for a real line trains longer and with natural penalty images.",
     )
     print("\n".join(summary(evaluation)))
     print(f"{time.monotonic() - start:.0f} s in all. Report: {report.resolve().as_uri()}")

@@ -94,7 +94,7 @@ def test_predict_goes_on_after_a_bad_file_and_fails_at_the_end(
         (["export", "EMPTY", "--out", "x.edgead"], "is no training run"),
         (["set-threshold", "BUNDLE", "nan"], "threshold"),
         (["distill", "EMPTY", "--backbone", "none.safetensors", "--out", "t.safetensors"], "holds 0 images"),
-        (["demo", "--only-data", "EMPTY/.."], "not empty"),
+        (["demo", "--only-data", "EMPTY/.."], "not an empty folder"),
     ],
 )
 def test_errors_are_one_line_and_say_what_is_wrong(

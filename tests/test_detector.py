@@ -185,9 +185,10 @@ def test_the_threshold_must_be_finite(value: Any, detector: Detector) -> None:
 # --- failures
 
 
-def test_numbers_that_are_not_finite_give_no_verdict(tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", [1, -1], ids=["score and map", "map alone"])
+def test_numbers_that_are_not_finite_give_no_verdict(sign: int, tiny: Any, tmp_path: Path) -> None:
     """A calibration near the largest float32 overflows in the graph where there is a spot."""
-    calibration = replace(tiny.manifest.calibration, values=(3e38, 3e38, 2.5e38))
+    calibration = replace(tiny.manifest.calibration, values=(3e38 * sign, 3e38 * sign, 2.5e38 * sign))
     path = tiny.write(tmp_path / "overflow.edgead", calibration=calibration)
     with edgead.load(path, backend="onnxruntime", threads=1) as detector:
         with pytest.raises(BackendError, match="there is no verdict"):

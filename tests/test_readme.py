@@ -24,21 +24,38 @@ def test_every_command_parses(line: str) -> None:
 
 def test_there_are_commands_for_the_whole_path() -> None:
     named = {shlex.split(line)[1] for line in COMMANDS}
-    assert named == {"train", "export", "inspect", "predict", "evaluate", "verify", "set-threshold", "distill"}
+    assert named == {
+        "train",
+        "export",
+        "inspect",
+        "predict",
+        "evaluate",
+        "verify",
+        "set-threshold",
+        "distill",
+    }
 
 
 def test_make_targets_and_files_that_it_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "edgead/weights/pdn_small.md", "edgead/bundle.py", "export/to_onnx.py"):
+    for name in (
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "edgead/weights/pdn_small.md",
+        "edgead/bundle.py",
+        "export/to_onnx.py",
+    ):
         assert name in README and (ROOT / name).is_file()
 
 
 def test_every_dependency_is_in_the_table() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     start = text.index("dependencies = [")
-    names = set(re.findall(r'"([a-z][a-z0-9-]+)[>=<;\[" ]', text[start : text.index("[project.scripts]")])) - {"edgead"}
+    names = set(
+        re.findall(r'"([a-z][a-z0-9-]+)[>=<;\[" ]', text[start : text.index("[project.scripts]")])
+    ) - {"edgead"}
     table = README[README.index("| dependency |") :]
     missing = {name for name in names if not re.search(rf"\b{re.escape(name)}\b", table)}
     assert missing <= {"packaging", "pip", "setuptools"}

@@ -1,8 +1,8 @@
 """EfficientAD: student, teacher and autoencoder, and the two raw anomaly maps they make.
 
 Source: Batzner, Heckler, König, "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level
-Latencies", arXiv 2303.14535. The defaults follow the public reproduction of the paper's figures: no padding in
-the PDNs, maps of 56x56, quantiles taken on those maps.
+Latencies", arXiv 2303.14535. The defaults follow the public reproduction of the paper's figures: no
+padding in the PDNs, maps of 56x56, quantiles taken on those maps.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Autoencoder(nn.Module):
 class EfficientAD(nn.Module):
     """Teacher, student and autoencoder of one detector, with the teacher's channel statistics.
 
-    `forward` is the plain, unfused definition: what training validates, what the exporter starts from, and what
-    the parity gate compares exported graphs with.
+    `forward` is the plain, unfused definition: what training validates, what the exporter starts from,
+    and what the parity gate compares exported graphs with.
     """
 
     def __init__(self, teacher: PDN) -> None:
@@ -104,8 +104,8 @@ class EfficientAD(nn.Module):
             images: RGB 0..255, uint8 or float [N, 3, 256, 256].
 
         Returns:
-            Student-teacher and student-autoencoder map, each float32 [N, 56, 56] >= 0: mean over the channels
-            of the squared differences.
+            Student-teacher and student-autoencoder map, each float32 [N, 56, 56] >= 0: mean over the
+            channels of the squared differences.
         """
         x = normalise(images)
         student = self.student(x)
@@ -131,8 +131,8 @@ def anomaly_map(local: Tensor, logical: Tensor, calibration: Tensor) -> Tensor:
 def anomaly_score(maps: Tensor) -> Tensor:
     """Image scores [N] of maps [N, h, w]: the largest value.
 
-    Published implementations take the maximum after enlarging the map to the image's size. Enlarging bilinearly
-    never exceeds the cells and reaches them in the limit, so this is that score without its dependence on the
-    camera's resolution.
+    Published implementations take the maximum after enlarging the map to the image's size. Enlarging
+    bilinearly never exceeds the cells and reaches them in the limit, so this is that score without its
+    dependence on the camera's resolution.
     """
     return maps.amax(dim=(1, 2))

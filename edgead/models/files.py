@@ -1,7 +1,7 @@
 """Reading and writing weight files: safetensors and state_dicts, never pickled modules.
 
-A file is unwrapped, its layout is told from keys *and* shapes (never from its name), and then every key and
-shape has to match; what is missing, surplus or mis-shaped is listed in the error.
+A file is unwrapped, its layout is told from keys *and* shapes (never from its name), and then every
+key and shape has to match; what is missing, surplus or mis-shaped is listed in the error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgead.errors import WeightsError
 from edgead.models.mobilenet import MobileNetV2
-from edgead.models.pdn import FEATURES, PDN
+from edgead.models.pdn import FEATURES, PDN, Size
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
 _PREFIXES = ("module.", "model.", "backbone.", "encoder.", "teacher.", "pdn.")
@@ -56,13 +56,13 @@ def read_state_dict(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]
 
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
-                tensors: object = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors: object = {key: file.get_tensor(key) for key in file.keys()}
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} holds more than tensors (a whole pickled module?), which is code and is not loaded. Save its"
-            " weights instead: torch.save(module.state_dict(), FILE)"
+            f"{path} holds more than tensors (a whole pickled module?), which is code and is not loaded."
+            " Save its weights instead: torch.save(module.state_dict(), FILE)"
         ) from error
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
         raise WeightsError(
@@ -118,7 +118,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
 
 
 def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, WeightsInfo]:
-    """A PDN teacher from this project's safetensors or the layouts of nelson1425/EfficientAD and anomalib.
+    """A PDN teacher in this project's layout or in that of nelson1425/EfficientAD or anomalib.
 
     The size (S or M) is told by the 128 or 256 filters of the first convolution.
 
@@ -131,7 +131,7 @@ def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, Weigh
         ("conv1.weight", "conv1..") if "conv1.weight" in state else ("0.weight", "nelson1425")
     )
     shape = tuple(state[first].shape) if first in state else None
-    sizes = {(128, 3, 4, 4): "s", (256, 3, 4, 4): "m"}
+    sizes: dict[tuple[int, ...], Size] = {(128, 3, 4, 4): "s", (256, 3, 4, 4): "m"}
     if shape not in sizes:
         raise WeightsError(
             f"{path} is no PDN teacher: expected conv1.weight or 0.weight of shape (128|256, 3, 4, 4),"
@@ -144,13 +144,13 @@ def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, Weigh
             ".".join([names.get(key.split(".")[0], key.split(".")[0]), *key.split(".")[1:]]): value
             for key, value in state.items()
         }
-    teacher = PDN(size, FEATURES, padding=padding)  # type: ignore[arg-type]
+    teacher = PDN(size, FEATURES, padding=padding)
     load_strict(teacher, state, path)
     return teacher.eval().requires_grad_(False), WeightsInfo(path.name, sha256(path), layout, metadata)
 
 
 def load_mobilenet(path: Path | str) -> tuple[MobileNetV2, WeightsInfo]:
-    """The frozen MobileNetV2 of a weight file with folded batch norms (see `edgead.models.mobilenet`)."""
+    """The frozen MobileNetV2 of a file with folded batch norms (see `edgead.models.mobilenet`)."""
     state, metadata = read_state_dict(path)
     network = MobileNetV2()
     load_strict(network, state, path)
@@ -174,7 +174,7 @@ def save_safetensors(
             temporary,
             dict(metadata),
         )
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

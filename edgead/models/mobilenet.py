@@ -47,7 +47,10 @@ class _Block(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 whose state_dict has the keys `stem`, `blocks.N.{expand,depthwise,project}`, `head`, `classifier`."""
+    """MobileNetV2.
+
+    The keys of its state_dict are `stem`, `blocks.N.{expand,depthwise,project}`, `head`, `classifier`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +68,8 @@ class MobileNetV2(nn.Module):
 
         Args:
             x: RGB in [-1, 1], float [N, 3, H, W].
-            names: "blocks.5" (the block's output), "blocks.5.depthwise" or "blocks.6.expand" (after ReLU6).
+            names: "blocks.5" (the block's output), "blocks.5.depthwise" or "blocks.6.expand" (after
+                ReLU6).
 
         Returns:
             name -> [N, C, h, w]; nothing beyond the deepest named tap is computed.
@@ -88,7 +92,10 @@ class MobileNetV2(nn.Module):
         raise ValueError(f"MobileNetV2 has no tap {', '.join(sorted(wanted - set(found)))}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, 1001] (0 = background, ImageNet class c at c + 1) of RGB images in [-1, 1], [N, 3, H, W]."""
+        """Logits [N, 1001] of RGB images in [-1, 1], [N, 3, H, W].
+
+        Logit 0 is the background, ImageNet class c is at c + 1.
+        """
         x = self.taps(x, ("blocks.16",))["blocks.16"]
         x = F.relu6(self.head(x)).mean(dim=(2, 3))
         return self.classifier(x)

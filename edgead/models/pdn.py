@@ -72,9 +72,13 @@ class PDN(nn.Module):
         return torch.relu(self.conv5(x))
 
     def _pad(self, x: Tensor, px: int) -> Tensor:
-        # Not the convolution's own padding: with 3 px of it, oneDNN takes a weight gradient 10 times slower.
+        # Not the convolution's own padding: with 3 px of it, oneDNN takes a weight gradient 10 times
+        # slower.
         return F.pad(x, (px,) * 4) if self.padding else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [N, out_channels, h, w] of ImageNet-normalised images [N, 3, H, W]; h = ceil(H/4) - 8."""
+        """Features [N, out_channels, h, w] of ImageNet-normalised images [N, 3, H, W].
+
+        Without padding h = ceil(H/4) - 8.
+        """
         return self.last(self.trunk(x))

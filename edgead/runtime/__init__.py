@@ -94,9 +94,8 @@ def replay(backend: Backend, bundle: Bundle) -> Replay:
     """Runs the golden samples of a bundle one by one and compares with the answers of the reference."""
     golden, threshold = bundle.golden(), bundle.manifest.threshold.value
     calibration = np.array(bundle.manifest.calibration.values, np.float32)
-    reference = golden.scores.astype(
-        np.float64
-    )  # the detector, too, compares with the threshold in float64
+    # In float64, as the detector compares with the threshold.
+    reference = golden.scores.astype(np.float64)
     scores = np.empty_like(reference)
     map_deviation = 0.0
     for index, image in enumerate(golden.images):

@@ -80,9 +80,9 @@ class Threshold:
             f"{self.good_images} good validation images support a false-reject rate of at most"
             f" {self.upper_bound:.1%} ({self.confidence:.0%} confidence); asked for was {self.target_false_reject_rate:.2%}"
         )
-        if self.upper_bound <= self.target_false_reject_rate:
-            return text
         needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.target_false_reject_rate))
+        if self.good_images >= needed:
+            return text
         return f"{text}, which takes at least {needed} of them to claim"
 
 

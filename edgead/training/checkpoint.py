@@ -33,9 +33,10 @@ def load_checkpoint(path: Path, *, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
-    except Exception as error:
+    except Exception as error:  # torch raises many kinds, some with pages of advice
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(
-            f"{path} cannot be read as a checkpoint ({error}); delete it to start again"
+            f"{path} cannot be read as a checkpoint ({reason[:200]}); delete it to start again"
         ) from error
     changed = [
         f"{key}: {before.get(key)!r} then, {value!r} now"

@@ -232,7 +232,7 @@ def _open_plain(root: Path) -> tuple[list[Path], list[TestItem]]:
             test.append(TestItem(path, 1, folders[0] if folders else "bad", masks[_key(path, bad)]))
         if (root / "masks").is_dir():
             _require_masks(test, root / "masks")
-    return _sorted(good[n_test:]), sorted(test, key=lambda item: item.path.as_posix())
+    return good[n_test:], sorted(test, key=lambda item: item.path.as_posix())
 
 
 def _open_visa(root: Path) -> tuple[list[Path], list[TestItem]]:
@@ -269,7 +269,7 @@ def _open_visa(root: Path) -> tuple[list[Path], list[TestItem]]:
         raise DataError(f"{table} lists files that do not exist: {_some(missing)}")
     if has_masks:
         _require_masks(test, root / "Data" / "Masks")
-    return _sorted(train), sorted(test, key=lambda item: item.path.as_posix())
+    return train, sorted(test, key=lambda item: item.path.as_posix())
 
 
 def _images(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -273,9 +274,8 @@ def distill(
     recent: list[float] = []
     for step, batch in enumerate(crops.batches(first, config.steps, config.batch), start=first):
         warmup = min(1.0, (step + 1) / 100)
-        optimizer.param_groups[0]["lr"] = (
-            config.learning_rate * warmup * 0.5 * (1 + np.cos(np.pi * step / config.steps))
-        )
+        cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warmup * cosine
         big, small = _inputs(batch, chosen)
         with torch.no_grad():
             target = targets(big)

@@ -12,18 +12,26 @@ from edgead.benchmarks import cpu, train_step
 
 
 def test_cpu_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained_run: Path, trained_bundle: Path
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trained_run: Path,
+    trained_bundle: Path,
 ) -> None:
     out = tmp_path / "cpu.json"
     peer = tmp_path / "peer.py"
-    peer.write_text("print('{\"name\": \"a peer\", \"p50\": 12.5}')")
+    peer.write_text('print(\'{"name": "a peer", "p50": 12.5}\')')
     arguments = ["cpu", "--bundle", trained_bundle, "--run", trained_run, "--rounds", 1, "--out", out]
     monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--peer", f"{sys.executable} {peer}"])
     monkeypatch.setattr(cpu, "start_up", lambda bundle, runs: START_UP(bundle, runs=1))
     cpu.main()
     results = json.loads(out.read_text())
     names = set(results["timings_ms"])
-    assert {"naive eager torch fp32", "graph, onnxruntime fp32", "det(frame 900x900), onnxruntime fp32"} <= names
+    assert {
+        "naive eager torch fp32",
+        "graph, onnxruntime fp32",
+        "det(frame 900x900), onnxruntime fp32",
+    } <= names
     assert all(0 < timing["p50"] <= timing["max"] for timing in results["timings_ms"].values())
     assert results["start_up"]["onnxruntime"]["import_and_load_s"] > 0
     assert "| a peer | 12.5 |" in capsys.readouterr().out

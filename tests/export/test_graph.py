@@ -135,7 +135,7 @@ def test_fp16_weights_are_fp16_in_the_file(small: EfficientAD, content: bytes) -
 def _model(nodes: list[onnx.NodeProto], *, opset: int = OPSET, dtype: int = onnx.TensorProto.FLOAT) -> onnx.ModelProto:
     tensor = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
-        nodes, "g", [tensor("image", onnx.TensorProto.UINT8, [1, 2, 2, 3])], [tensor("y", dtype, None)]
+        nodes, "g", [tensor("image", onnx.TensorProto.UINT8, [1, 2, 2, 3])], [tensor("y", dtype, list("abcd"))]
     )  # fmt: skip
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
 
