@@ -85,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--only-data", type=Path, metavar="DIR", help="only render the data set into DIR")
 
     sub = command(
-        "distill", commands.distill, "Distil a PDN teacher from a backbone and a folder of natural images."
+        "distill",
+        commands.distill,
+        "Distil a PDN teacher from a backbone and a folder of natural images.",
     )
     sub.add_argument(
         "images", type=Path, metavar="IMAGES", help="folder of natural images, searched recursively"
@@ -120,7 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(sub)
 
     sub = command(
-        "export", commands.export, "Export a run as one bundle file, if graph and networks agree on real images."
+        "export",
+        commands.export,
+        "Export a run as one bundle file, if graph and networks agree on real images.",
     )
     sub.add_argument("run_folder", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, required=True, metavar="X.edgead")

@@ -291,9 +291,7 @@ def predict(arguments: argparse.Namespace) -> int:
                 )
             else:
                 verdict = "NG" if result.is_anomalous else "OK"
-                print(
-                    f"{verdict}  {result.score:9.4f}  {result.elapsed_ms:7.1f} ms  {path}", flush=True
-                )
+                print(f"{verdict}  {result.score:9.4f}  {result.elapsed_ms:7.1f} ms  {path}", flush=True)
             if arguments.heatmaps:
                 picture = overlay(
                     frame, result.anomaly_map, low=0.0, high=2 * max(result.threshold, 1e-6)

@@ -1,10 +1,10 @@
 """The merged inference graph: camera bytes in, score and anomaly map out.
 
-Everything that can be folded exactly is folded (arXiv 2303.14535 defines the networks; the algebra is in the
-comments): input normalisation into the first convolutions, the teacher's channel statistics into its last
-convolution, and teacher-minus-student into one convolution over both networks' features, so that the difference
-forms in the accumulator instead of between two rounded tensors. Teacher and student run as the two groups of
-shared convolutions.
+Everything that can be folded exactly is folded (arXiv 2303.14535 defines the networks; the algebra is in
+the comments): input normalisation into the first convolutions, the teacher's channel statistics into its
+last convolution, and teacher-minus-student into one convolution over both networks' features, so that the
+difference forms in the accumulator instead of between two rounded tensors. Teacher and student run as the
+two groups of shared convolutions.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class MergedGraph(nn.Module):
 
     Args:
         model: The trained networks, FP32. They are copied, not changed.
-        dtype: Of weights and convolutions, float32 or float16. From the squared difference on everything is
-            float32, because squares overflow float16 at 256.
-        frame: (height, width) of the camera's frames when the graph has to resize them itself; None when the
-            host hands over 256x256 images.
+        dtype: Of weights and convolutions, float32 or float16. From the squared difference on everything
+            is float32, because squares overflow float16 at 256.
+        frame: (height, width) of the camera's frames when the graph has to resize them itself; None when
+            the host hands over 256x256 images.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class MergedGraph(nn.Module):
         self.size, self.dtype, self.frame = model.size, dtype, frame
         if frame is not None:
             self.register_buffer("rows", torch.from_numpy(resize_matrix(frame[0], IMAGE_PX)))
-            self.register_buffer(
-                "columns", torch.from_numpy(resize_matrix(frame[1], IMAGE_PX)).T.contiguous()
-            )
+            columns = torch.from_numpy(resize_matrix(frame[1], IMAGE_PX)).T.contiguous()
+            self.register_buffer("columns", columns)
 
-        # The PDNs have no padding, so (x / 255 - mean) / std folds into their first convolution as a whole.
+        # The PDNs have no padding, so (x / 255 - mean) / std folds into their first convolution as a
+        # whole.
         self.conv1 = nn.Conv2d(3, 2 * teacher.conv1.out_channels, 4)
         joined = _side_by_side(teacher.conv1, student.conv1)
         scale = 1 / (255 * IMAGENET_STD.double().view(1, 3, 1, 1))
@@ -67,19 +67,19 @@ class MergedGraph(nn.Module):
         # (T(t) - mu) / sigma - S(s) is one convolution over the concatenated [t, s].
         sigma, mu = model.std.double(), model.mean.double().flatten()
         t, s = teacher.last, student.last
-        self.local = nn.Conv2d(t.in_channels + s.in_channels, FEATURES, t.kernel_size)  # type: ignore[arg-type]
+        self.local = nn.Conv2d(t.in_channels + s.in_channels, FEATURES, t.kernel_size)
         weight = torch.cat([t.weight.double() / sigma.unsqueeze(1), -s.weight.double()[:FEATURES]], 1)
         _fill(self.local, weight, (_bias(t) - mu) / sigma.flatten() - _bias(s)[:FEATURES])
-        self.logical = nn.Conv2d(s.in_channels, FEATURES, s.kernel_size)  # type: ignore[arg-type]
+        self.logical = nn.Conv2d(s.in_channels, FEATURES, s.kernel_size)
         _fill(self.logical, s.weight.double()[FEATURES:], _bias(s)[FEATURES:])
 
-        # The autoencoder pads with zeros *after* normalisation: the mean is subtracted first, and 1 / (255 std)
-        # folds into the weights.
+        # The autoencoder pads with zeros *after* normalisation: the mean is subtracted first, and
+        # 1 / (255 std) folds into the weights.
         self.autoencoder = type(autoencoder)()
         self.autoencoder.load_state_dict(autoencoder.state_dict())
-        self.autoencoder.dropout = nn.Identity()  # type: ignore[assignment]
+        self.autoencoder.dropout = nn.Identity()
         first = autoencoder.encoder[0]
-        _fill(self.autoencoder.encoder[0], first.weight.double() * scale, _bias(first))  # type: ignore[arg-type]
+        _fill(self.autoencoder.encoder[0], first.weight.double() * scale, _bias(first))
         self.register_buffer("mean255", 255 * IMAGENET_MEAN)
         self.eval().requires_grad_(False)
         for module in self.modules():
@@ -104,7 +104,11 @@ class MergedGraph(nn.Module):
         return anomaly_score(maps), maps
 
     def _differences(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher minus student and autoencoder minus student, float32 [N, 384, 56, 56], of RGB 0..255 [N, 3, 256, 256]."""
+        """Teacher minus student and autoencoder minus student, float32 [N, 384, 56, 56].
+
+        Args:
+            x: RGB 0..255, float [N, 3, 256, 256].
+        """
         both = F.avg_pool2d(torch.relu(self.conv1(x.to(self.dtype))), 2, 2)
         both = F.avg_pool2d(torch.relu(self.conv2(both)), 2, 2)
         both = torch.relu(self.conv3(both))
@@ -136,12 +140,12 @@ def _side_by_side(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 def _grouped(a: nn.Conv2d, b: nn.Conv2d) -> nn.Conv2d:
     """Two equal convolutions as the two groups of one."""
-    conv = nn.Conv2d(2 * a.in_channels, 2 * a.out_channels, a.kernel_size, groups=2)  # type: ignore[arg-type]
+    conv = nn.Conv2d(2 * a.in_channels, 2 * a.out_channels, a.kernel_size, groups=2)
     _fill(conv, *_side_by_side(a, b))
     return conv
 
 
 def _copy(a: nn.Conv2d) -> nn.Conv2d:
-    conv = nn.Conv2d(a.in_channels, a.out_channels, a.kernel_size)  # type: ignore[arg-type]
+    conv = nn.Conv2d(a.in_channels, a.out_channels, a.kernel_size)
     _fill(conv, a.weight.double(), _bias(a))
     return conv

@@ -32,8 +32,9 @@ from edgead.training.run import Run, read_run
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 MAX_FRAME_PX = 8192
 MEANING = (
-    "map = student_scale * mean_c((T - S)^2) + autoencoder_scale * mean_c((A - S')^2) + offset, over the raw maps of"
-    " EfficientAD (arXiv 2303.14535); 0 at the 0.9 quantile of good validation images, 0.1 at the 0.995 quantile"
+    "map = student_scale * mean_c((T - S)^2) + autoencoder_scale * mean_c((A - S')^2) + offset,"
+    " over the raw maps of EfficientAD (arXiv 2303.14535);"
+    " 0 at the 0.9 quantile of good validation images, 0.1 at the 0.995 quantile"
 )
 
 
@@ -66,7 +67,8 @@ def export_run(
         raise ExportError(f"precision {precision!r} is unknown; choose one of {', '.join(DTYPES)}")
     if frame is not None and not all(IMAGE_PX <= side <= MAX_FRAME_PX for side in frame):
         raise ExportError(
-            f"frame {frame[0]}x{frame[1]}: both sides have to lie between {IMAGE_PX} and {MAX_FRAME_PX} px"
+            f"frame {frame[0]}x{frame[1]}:"
+            f" both sides have to lie between {IMAGE_PX} and {MAX_FRAME_PX} px"
         )
     finished = read_run(run)
     record = finished.record
@@ -75,7 +77,8 @@ def export_run(
     missing = [path for path in images if not path.is_file()]
     if missing:
         raise ExportError(
-            f"{len(missing)} of the run's {len(images)} images are gone, the first is {missing[0]}: the parity gate needs them"
+            f"{len(missing)} of the run's {len(images)} images are gone, the first is {missing[0]}:"
+            " the parity gate needs them"
         )
 
     graph = MergedGraph(finished.model, dtype=DTYPES[precision], frame=frame)

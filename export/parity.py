@@ -1,7 +1,7 @@
 """The parity gate: an exported graph must give the verdicts of the trained networks, image by image.
 
-The reference is the plain PyTorch definition in FP32 (`EfficientAD.forward`), not the fused module that was
-exported, so that a wrong fold is caught as well as a wrong export.
+The reference is the plain PyTorch definition in FP32 (`EfficientAD.forward`), not the fused module that
+was exported, so that a wrong fold is caught as well as a wrong export.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from edgead.image import read_image, resize
 from edgead.models.efficientad import IMAGE_PX, EfficientAD, anomaly_map, anomaly_score
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
-"""Largest deviation of a score, and of a map value, relative to the spread of the scores. In FP32 no verdict may
-flip at all; in FP16 only scores nearer to the threshold than this."""
+"""Largest deviation of a score, and of a map value, relative to the spread of the scores.
+
+In FP32 no verdict may flip at all; in FP16 only scores nearer to the threshold than this.
+"""
 MAX_IMAGES = 500
 GOLDEN_IMAGES = 4
 MAX_GOLDEN_BYTES = 32 << 20
@@ -63,13 +65,15 @@ class Parity:
     def failures(self) -> list[str]:
         """What breaks the gate; empty when it passes."""
         found = [
-            f"the largest {kind} deviation is {value:.2e} of the score spread, allowed is {self.tolerance:.0e}"
+            f"the largest {kind} deviation is {value:.2e} of the score spread,"
+            f" allowed is {self.tolerance:.0e}"
             for kind, value in (("score", self.score_deviation), ("map", self.map_deviation))
             if not value <= self.tolerance
         ]
         allowed = self.margin if self.precision == "fp16" else 0.0
         return found + [
-            f"{flip.image}: reference score {flip.reference:.5g}, exported {flip.exported:.5g}, another verdict"
+            f"{flip.image}: reference score {flip.reference:.5g}, exported {flip.exported:.5g},"
+            " another verdict"
             for flip in self.flips
             if not abs(flip.reference - flip.exported) <= allowed
         ]
@@ -94,24 +98,24 @@ def compare(
 
     Args:
         images: Image files; of more than 500, 500 at equal distances are taken.
-        frame: Size of the graph's input where the graph resizes; images of another size are fitted first.
+        frame: Size of the graph's input where the graph resizes; images of another size are fitted
+            first.
         root: Folder that image names are given relative to.
 
     Returns:
-        The figures, and golden samples chosen from the images: the lowest and the highest score and those next to
-        the threshold on either side, as far as they lie more than the margin away from it.
+        The figures, and golden samples chosen from the images: the lowest and the highest score and those
+        next to the threshold on either side, as far as they lie more than the margin away from it.
 
     Raises:
         ExportError: there are no images, or the gate fails; the message lists how.
     """
     if not images:
         raise ExportError(
-            "the parity gate needs images and the run has none; train on a data set with validation or test images"
+            "the parity gate needs images and the run has none;"
+            " train on a data set with validation or test images"
         )
-    chosen = [
-        images[i]
-        for i in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).round().astype(int)
-    ]
+    taken = np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).round().astype(int)
+    chosen = [images[i] for i in taken]
     session = onnxruntime.InferenceSession(onnx_content, providers=["CPUExecutionProvider"])
     height, width = frame or (IMAGE_PX, IMAGE_PX)
     reference, exported = np.empty(len(chosen)), np.empty(len(chosen))
@@ -124,11 +128,12 @@ def compare(
         map_deviations[index] = np.abs(exported_cells[0] - cells).max()
         if progress:
             progress(index + 1, len(chosen))
-    # Maps as well as scores: ONNX Runtime's maximum passes over NaN, and such a map would score as a good one.
+    # Maps as well as scores: ONNX Runtime's maximum passes over NaN, and such a map would score as a
+    # good one.
     if not np.isfinite([reference, exported, map_deviations]).all():
         raise ExportError(
-            f"{precision} export: NaN or infinite scores or maps; the training diverged, or FP16 overflows:"
-            " export with --precision fp32"
+            f"{precision} export: NaN or infinite scores or maps;"
+            " the training diverged, or FP16 overflows: export with --precision fp32"
         )
     spread = float(np.ptp(reference)) or max(1.0, abs(float(reference[0])))
     names = [
@@ -154,7 +159,8 @@ def compare(
     if parity.failures:
         more = f"; and {len(parity.failures) - 5} more" if len(parity.failures) > 5 else ""
         raise ExportError(
-            f"{precision} export fails the parity gate on {len(chosen)} images: {'; '.join(parity.failures[:5])}{more}"
+            f"{precision} export fails the parity gate on {len(chosen)} images:"
+            f" {'; '.join(parity.failures[:5])}{more}"
         )
     margin = max(parity.margin, TOLERANCE["fp16"] * spread)
     picked = [
@@ -167,18 +173,19 @@ def compare(
 def choose_golden(
     scores: np.ndarray, threshold: float, margin: float, *, bytes_per_image: int
 ) -> list[int]:
-    """Indices of the samples to keep: nearest above and below the threshold outside the margin, highest, lowest.
+    """Indices of the samples to keep.
 
-    Scores inside the margin are left out as long as there are others: a device with another rounding may well
-    decide differently there, and a replay has to tell a broken device from a rounding one.
+    They are the nearest above and below the threshold outside the margin, the highest and the lowest.
+    Scores inside the margin are left out as long as there are others: a device with another rounding may
+    well decide differently there, and a replay has to tell a broken device from a rounding one.
     """
-    clear = np.flatnonzero(np.abs(scores - threshold) >= margin)
-    order = sorted(clear if len(clear) else range(len(scores)), key=lambda i: scores[i])
+    clear: list[int] = np.flatnonzero(np.abs(scores - threshold) >= margin).tolist()
+    order = sorted(clear or range(len(scores)), key=lambda i: scores[i])
     above = [i for i in order if scores[i] >= threshold]
     below = [i for i in order if scores[i] < threshold]
     wanted = [*above[:1], *below[-1:], *above[-1:], *below[:1]]
     limit = int(np.clip(MAX_GOLDEN_BYTES // bytes_per_image, 1, GOLDEN_IMAGES))
-    return list(dict.fromkeys(int(i) for i in wanted))[:limit]
+    return list(dict.fromkeys(wanted))[:limit]
 
 
 def _golden(

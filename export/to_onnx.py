@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 
 import onnx
 import torch
@@ -23,8 +24,8 @@ def to_onnx(graph: MergedGraph) -> bytes:
     """Serialise the merged graph, dynamic in the batch only, and check it.
 
     Raises:
-        ExportError: the exporter gave another opset, double precision, training nodes or a node that TensorRT's
-            parsers refuse.
+        ExportError: the exporter gave another opset, double precision, training nodes or a node that
+            TensorRT's parsers refuse.
     """
     height, width = graph.frame or (IMAGE_PX, IMAGE_PX)
     example = (torch.zeros(2, height, width, 3, dtype=torch.uint8), torch.zeros(3))
@@ -43,10 +44,8 @@ def to_onnx(graph: MergedGraph) -> bytes:
         )
     assert program is not None
     model = program.model_proto
-    for value in [
-        *model.graph.input,
-        *model.graph.output,
-    ]:  # the exporter calls the batch s0 or batch; one name for all
+    # the exporter calls the batch s0 or batch; one name for all
+    for value in [*model.graph.input, *model.graph.output]:
         dimension = value.type.tensor_type.shape.dim[0]
         if dimension.dim_param:
             dimension.dim_param = "batch"
@@ -55,14 +54,18 @@ def to_onnx(graph: MergedGraph) -> bytes:
 
 
 def check(model: onnx.ModelProto) -> None:
-    """Refuse graphs that are invalid or that TensorRT's parsers would misread; the error names the nodes."""
+    """Refuse graphs that are invalid or that TensorRT's parsers would misread.
+
+    The error names the nodes.
+    """
     onnx.checker.check_model(model, full_check=True)
     opsets = {
         entry.domain: entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")
     }
     if set(opsets.values()) != {OPSET}:
         raise ExportError(
-            f"the exporter wrote opset {opsets}, expected {OPSET}; use the torch version named in the README"
+            f"the exporter wrote opset {opsets}, expected {OPSET};"
+            " use the torch version named in the README"
         )
     inferred = onnx.shape_inference.infer_shapes(model).graph
     double = [
@@ -75,12 +78,14 @@ def check(model: onnx.ModelProto) -> None:
     ]
     if double:
         raise ExportError(
-            f"double precision in the graph, which TensorRT silently makes float: {', '.join(double[:5])}"
+            "double precision in the graph, which TensorRT silently makes float:"
+            f" {', '.join(double[:5])}"
         )
     uses = [node for node in model.graph.node if "image" in node.input]
     if [node.op_type for node in uses] != ["Cast"]:
         raise ExportError(
-            f"the uint8 image goes into {[node.op_type for node in uses]}; TensorRT takes nothing but a Cast there"
+            f"the uint8 image goes into {[node.op_type for node in uses]};"
+            " TensorRT takes nothing but a Cast there"
         )
     forbidden = {"Dropout", "NonZero", "Unique", "Loop", "If"} & {
         node.op_type for node in model.graph.node
@@ -104,8 +109,11 @@ def describe(content: bytes) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
-    """The exporter prints and warns about its own internals; errors are exceptions and still come through."""
+def _quiet() -> Iterator[None]:
+    """Silence the exporter, which prints and warns about its own internals.
+
+    Errors are exceptions and still come through.
+    """
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
     ]

@@ -22,7 +22,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def test_train_export_inspect_predict_evaluate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_images: Path, natural_images: Path, random_teacher: Path
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    demo_images: Path,
+    natural_images: Path,
+    random_teacher: Path,
 ) -> None:
     folder, bundle = tmp_path / "run", tmp_path / "tray.edgead"
     status, out, _ = run(
@@ -44,19 +48,22 @@ def test_train_export_inspect_predict_evaluate(
     test_images = list_images(demo_images / "test")
     heatmaps = tmp_path / "heat"
     status, out, _ = run(
-        capsys, "predict", bundle, demo_images / "test", "--json", "--heatmaps", heatmaps, "--backend", "onnxruntime"
-    )
+        capsys, "predict", bundle, demo_images / "test", "--json", "--heatmaps", heatmaps,
+        "--backend", "onnxruntime",
+    )  # fmt: skip
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [row["path"] for row in rows] == [str(path) for path in test_images]
     assert all(set(row) == {"path", "score", "is_anomalous", "threshold", "elapsed_ms"} for row in rows)
     assert all(row["is_anomalous"] == (row["score"] >= row["threshold"]) for row in rows)
     pictures = list_images(heatmaps)
-    assert len(pictures) == len(rows) and read_image(pictures[0]).shape == read_image(test_images[0]).shape
+    assert len(pictures) == len(rows)
+    assert read_image(pictures[0]).shape == read_image(test_images[0]).shape
 
     record, page = tmp_path / "e.json", tmp_path / "e.html"
     status, out, _ = run(
-        capsys, "evaluate", bundle, demo_images, "--json", record, "--html", page, "--backend", "onnxruntime"
-    )
+        capsys, "evaluate", bundle, demo_images, "--json", record, "--html", page,
+        "--backend", "onnxruntime",
+    )  # fmt: skip
     evaluation = json.loads(record.read_text())
     required = "method backend precision images image_auroc pixel_auroc au_pro_30 au_pro_05 threshold"
     required += " false_reject_rate missed_defect_rate per_defect latency_ms machine"
@@ -93,14 +100,21 @@ def test_predict_goes_on_after_a_bad_file_and_fails_at_the_end(
         (["train", "EMPTY", "--out", "run"], "EMPTY"),
         (["export", "EMPTY", "--out", "x.edgead"], "is no training run"),
         (["set-threshold", "BUNDLE", "nan"], "threshold"),
-        (["distill", "EMPTY", "--backbone", "none.safetensors", "--out", "t.safetensors"], "holds 0 images"),
+        (
+            ["distill", "EMPTY", "--backbone", "none.safetensors", "--out", "t.safetensors"],
+            "holds 0 images",
+        ),
         (["demo", "--only-data", "EMPTY/.."], "not an empty folder"),
     ],
 )
 def test_errors_are_one_line_and_say_what_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained_bundle: Path,
-    arguments: list[str], message: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trained_bundle: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
     shutil.copy(trained_bundle, tmp_path / "BUNDLE")
@@ -117,7 +131,9 @@ def test_debug_shows_the_traceback() -> None:
         main(["inspect", "nothing.edgead", "--debug"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["export", "run", "--out", "x", "--frame", "900"], ["predict"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["export", "run", "--out", "x", "--frame", "900"], ["predict"]]
+)
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -127,15 +143,24 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 
 def test_missing_extra_is_named(tmp_path: Path) -> None:
     """In a process that cannot import torch, `edgead train` says what to install."""
-    script = "import sys; sys.modules['torch'] = None; from edgead.cli import main; sys.exit(main(['train', '.', '--out', 'r']))"
+    script = (
+        "import sys; sys.modules['torch'] = None; from edgead.cli import main;"
+        " sys.exit(main(['train', '.', '--out', 'r']))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert 'needs torch, which is not installed: pip install "edgead[train]"' in done.stderr
 
 
 def test_a_closed_pipe_is_no_traceback(trained_bundle: Path, demo_images: Path) -> None:
-    command = [sys.executable, "-m", "edgead", "predict", str(trained_bundle), str(demo_images / "test"), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    arguments = ["predict", str(trained_bundle), str(demo_images / "test"), "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgead", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith("{")
     process.stdout.close()

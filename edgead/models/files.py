@@ -118,7 +118,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
 
 
 def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, WeightsInfo]:
-    """A PDN teacher in this project's layout or in that of nelson1425/EfficientAD or anomalib.
+    """A PDN teacher from this project's files or the layouts of nelson1425/EfficientAD and anomalib.
 
     The size (S or M) is told by the 128 or 256 filters of the first convolution.
 

@@ -1,8 +1,8 @@
 """Calibration on good images: the scale of the anomaly map and the threshold of the verdict.
 
-The map scale is EfficientAD's (arXiv 2303.14535, section 3.4): the 0.9 quantile of the raw values of good
-images becomes 0 and the 0.995 quantile becomes 0.1, for the two raw maps apart; their mean is the map. The
-threshold is chosen for a stated false-reject rate. Test images are never involved. numpy only.
+The map scale is EfficientAD's (arXiv 2303.14535, section 3.4): the 0.9 quantile of the raw values of
+good images becomes 0 and the 0.995 quantile becomes 0.1, for the two raw maps apart; their mean is the
+map. The threshold is chosen for a stated false-reject rate. Test images are never involved. numpy only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Q_LOW, Q_HIGH = 0.9, 0.995
 
 @dataclass(frozen=True)
 class MapScale:
-    """Quantiles of one kind of raw map over all pixels of the calibration images; `low` -> 0, `high` -> 0.1."""
+    """Quantiles of one kind of raw map over all pixels of the calibration images.
+
+    On the calibrated map `low` becomes 0 and `high` 0.1.
+    """
 
     low: float
     high: float
@@ -34,21 +37,26 @@ class MapScale:
         values = np.asarray(maps, dtype=np.float64)
         if values.size == 0 or not np.isfinite(values).all():
             raise TrainingError(
-                "the calibration maps are empty or hold NaN or infinite values; the training diverged or got no images"
+                "the calibration maps are empty or hold NaN or infinite values;"
+                " the training diverged or got no images"
             )
         low, high = np.quantile(values, (Q_LOW, Q_HIGH))
         return cls(float(low), float(high))
 
     @property
     def span(self) -> float:
-        """high - low, kept from zero: maps of identical good images must not make every deviation infinite."""
+        """high - low, kept from zero.
+
+        Maps of identical good images must not make every deviation infinite.
+        """
         return max(self.high - self.low, 1e-3 * abs(self.high), 1e-6)
 
 
 def graph_constants(local: MapScale, logical: MapScale) -> np.ndarray:
     """The graph's input `calibration`, float32 [3].
 
-    map = c[0] * local + c[1] * logical + c[2], which is the mean of 0.1 (M - low) / (high - low) over both maps.
+    map = c[0] * local + c[1] * logical + c[2], which is the mean of 0.1 (M - low) / (high - low) over
+    both maps.
     """
     a, b = 0.05 / local.span, 0.05 / logical.span
     return np.array([a, b, -a * local.low - b * logical.low], dtype=np.float32)
@@ -62,7 +70,8 @@ class Threshold:
         value: Scores at or above it are NG.
         basis: How it was chosen, one sentence.
         target_false_reject_rate: The rate of good images rejected that was asked for.
-        upper_bound: With `confidence`, the true rate is at most this, as far as the number of images supports.
+        upper_bound: With `confidence`, the true rate is at most this, as far as the number of images
+            supports.
         good_images: Number of good validation images.
     """
 
@@ -78,7 +87,8 @@ class Threshold:
         """One sentence for people."""
         text = (
             f"{self.good_images} good validation images support a false-reject rate of at most"
-            f" {self.upper_bound:.1%} ({self.confidence:.0%} confidence); asked for was {self.target_false_reject_rate:.2%}"
+            f" {self.upper_bound:.1%} ({self.confidence:.0%} confidence);"
+            f" asked for was {self.target_false_reject_rate:.2%}"
         )
         needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.target_false_reject_rate))
         if self.good_images >= needed:
@@ -91,10 +101,10 @@ def choose_threshold(
 ) -> Threshold:
     """Threshold for a target false-reject rate from the scores of good validation images.
 
-    With at least 1 / false_reject images it is the matching order statistic: as many of them lie above as the
-    rate allows. With fewer, that quantile lies beyond the data; the score is a maximum over many pixels, so a
-    Gumbel distribution (the limit law of maxima) is fitted by its moments and extrapolated, and never below the
-    largest score seen.
+    With at least 1 / false_reject images it is the matching order statistic: as many of them lie above as
+    the rate allows. With fewer, that quantile lies beyond the data; the score is a maximum over many
+    pixels, so a Gumbel distribution (the limit law of maxima) is fitted by its moments and extrapolated,
+    and never below the largest score seen.
 
     Args:
         scores: Image scores [n] of good images.
@@ -107,7 +117,8 @@ def choose_threshold(
     n = len(ordered)
     if n == 0 or not np.isfinite(ordered).all():
         raise TrainingError(
-            f"the threshold needs finite scores of good validation images, got {n} scores; add good images"
+            "the threshold needs finite scores of good validation images,"
+            f" got {n} scores; add good images"
         )
     if not 0 < false_reject < 0.5:
         raise TrainingError(
@@ -115,21 +126,25 @@ def choose_threshold(
         )
     rejected = math.floor(n * false_reject + 1e-9)
     highest_ok = float(ordered[n - 1 - rejected])
+    higher = ordered[ordered > highest_ok]
+    spread = float(ordered.std(ddof=1)) if n > 1 else 0.0
+    spread = max(spread, 0.05 * abs(float(ordered.mean())), 1e-6)  # near-identical images leave no room
+    # Never on a sample's own score: the last digit of a sum would decide, and differ between devices.
+    clear_of_it = float(highest_ok + higher[0]) / 2 if len(higher) else highest_ok + 0.05 * spread
     if rejected >= 1:
-        value = highest_ok
-        basis = f"order statistic: {rejected} of {n} good validation images score above it"
+        value = clear_of_it
+        basis = f"order statistic: {len(higher)} of {n} good validation images score above it"
     else:
-        spread = float(ordered.std(ddof=1)) if n > 1 else 0.0
-        spread = max(
-            spread, 0.05 * abs(float(ordered.mean()))
-        )  # near-identical images would leave no room at all
         beta = spread * math.sqrt(6) / math.pi
-        value = float(ordered.mean()) - 0.5772156649 * beta - beta * math.log(-math.log1p(-false_reject))
-        value = max(value, highest_ok)
-        basis = f"Gumbel fit to the scores of {n} good validation images, too few for the empirical {1 - false_reject:.2%} quantile"
-    value = float(
-        np.nextafter(np.float32(value), np.float32(np.inf))
-    )  # score >= threshold is NG: stay above, in float32
+        mode = float(ordered.mean()) - 0.5772156649 * beta
+        value = max(mode - beta * math.log(-math.log1p(-false_reject)), clear_of_it)
+        basis = (
+            f"Gumbel fit to the scores of {n} good validation images,"
+            f" too few for the empirical {1 - false_reject:.2%} quantile"
+        )
+    value = float(np.float32(value))  # as the graph's score and the manifest have it
+    if value <= highest_ok:
+        value = float(np.nextafter(np.float32(highest_ok), np.float32(np.inf)))
     above = int((ordered >= value).sum())
     return Threshold(
         value, basis, false_reject, binomial_upper_bound(above, n, confidence), confidence, n
@@ -137,7 +152,10 @@ def choose_threshold(
 
 
 def binomial_upper_bound(events: int, n: int, confidence: float = 0.95) -> float:
-    """Clopper-Pearson upper bound of a rate after `events` in `n` trials: the p with P(X <= events) = 1 - confidence."""
+    """Clopper-Pearson upper bound of a rate after `events` in `n` trials.
+
+    It is the p with P(X <= events) = 1 - confidence.
+    """
     if events >= n:
         return 1.0
 

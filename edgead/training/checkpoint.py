@@ -1,4 +1,7 @@
-"""Checkpoints that survive a kill at any moment: written beside, flushed, then renamed over the old one."""
+"""Checkpoints that survive a kill at any moment.
+
+A new one is written beside the old one, flushed, then renamed over it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,6 +48,7 @@ def load_checkpoint(path: Path, *, settings: dict[str, Any]) -> dict[str, Any]:
     ]
     if changed:
         raise TrainingError(
-            f"{path} belongs to a run with other settings ({'; '.join(changed)}): use those, or another folder"
+            f"{path} belongs to a run with other settings ({'; '.join(changed)}):"
+            " use those, or another folder"
         )
     return state

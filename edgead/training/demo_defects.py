@@ -19,6 +19,7 @@ SMALLEST_PX = 6  # length of the smallest defect
 _FAINT, _CLEAR = 10.0, 50.0  # mean change of brightness over a defect, grey values of 255
 _WINDOW_PX = 320  # a defect of the tray is drawn into a square of this size
 _OVERSAMPLING = 4
+_LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 Change = tuple[Surface, np.ndarray]  # the damaged surface; coverage of the change, [H, W] float32, 0..1
 
@@ -108,7 +109,9 @@ def _stain(
     weight = cv2.GaussianBlur(weight, (0, 0), 0.5 + 0.015 * radius)
     oil, rust, residue = (0.05, 0.035, 0.015), (0.30, 0.11, 0.035), (0.50, 0.50, 0.46)
     colour, opacity = ((oil, 0.75), (rust, 0.85), (residue, 0.6))[rng.integers(3)]
-    drawn = surface.rgb + np.clip(weight, 0, 1)[..., None] * opacity * (np.float32(colour) - surface.rgb)
+    drawn = surface.rgb + np.clip(weight, 0, 1)[..., None] * opacity * (
+        np.array(colour, np.float32) - surface.rgb
+    )
     reach = np.minimum(1, cv2.GaussianBlur(blot, (0, 0), 0.5 + 0.015 * radius))
     return _faded(surface, drawn, reach, contrast)
 
@@ -189,12 +192,9 @@ def _visibility(before: Surface, after: Surface, changed: np.ndarray) -> float:
     return float(np.abs(new - old).mean() / (1 + old.std() / 40))
 
 
-_LUMA = np.float32((0.299, 0.587, 0.114))
-
-
 def _large_enough(changed: np.ndarray) -> bool:
     ys, xs = np.nonzero(changed > 0.5)
-    return len(xs) >= 10 and max(np.ptp(xs), np.ptp(ys)) + 1 >= SMALLEST_PX
+    return len(xs) >= 10 and int(max(np.ptp(xs), np.ptp(ys))) + 1 >= SMALLEST_PX
 
 
 def _somewhere(alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -36,7 +36,8 @@ def _photographed(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     picture = dark + (light - dark) * (picture - low) / max(high - low, 0.05)
     picture = picture * rng.uniform(0.85, 1.15, 3).astype(np.float32)
     across, down = (
-        np.linspace(*rng.uniform(0.75, 1.2, 2), n, dtype=np.float32) for n in (width, height)
+        np.linspace(rng.uniform(0.75, 1.2), rng.uniform(0.75, 1.2), n, dtype=np.float32)
+        for n in (width, height)
     )
     picture = np.clip(picture * (across[None, :, None] * down[:, None, None]), 0, 1).astype(np.float32)
     if rng.random() < 0.4:
@@ -164,9 +165,10 @@ def _leaves(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         if right <= left or bottom <= top:
             continue
         mask = np.zeros((bottom - top, right - left), np.uint8)
-        cv2.fillPoly(mask, [points - 16 * np.int32((left, top))], 1, shift=4)
+        cv2.fillPoly(mask, [points - 16 * np.array((left, top), np.int32)], 1, shift=4)
         sheet = sheets[rng.integers(3)][top:bottom, left:right]
-        shade = np.linspace(*rng.uniform(0.4, 1.2, 2), right - left, dtype=np.float32)[None, :, None]
+        first, last = rng.uniform(0.4, 1.2, 2).tolist()
+        shade = np.linspace(first, last, right - left, dtype=np.float32)[None, :, None]
         fill = (0.5 * sheet + 0.5 * np.float32(colour)) * shade
         np.copyto(picture[top:bottom, left:right], fill, where=mask[..., None].astype(bool))
     return picture

@@ -193,8 +193,8 @@ def paint(*layers: tuple[np.ndarray | None, tuple[float, float, float]]) -> np.n
     """Reflectance [SIDE, SIDE, 3] float32: colours in layers, each with its coverage (None: all)."""
     albedo = np.zeros((SIDE, SIDE, 3), np.float32)
     for where, colour in layers:
-        weight = np.float32(1) if where is None else where[..., None]
-        albedo += weight * (np.float32(colour) - albedo)
+        weight = 1.0 if where is None else where[..., None]
+        albedo += weight * (np.array(colour, np.float32) - albedo)
     return albedo
 
 

@@ -37,8 +37,8 @@ TRAY = -1  # as the target of a damage: the tray instead of a part
 
 _MARGIN = 40  # the tray is drawn this much larger than the picture on each side
 _PATCH = 2 * HALF_PX + 4  # side of the square that a placed part is drawn into
-_PLASTIC = np.float32((0.105, 0.150, 0.190))
-_BENCH = np.float32((0.030, 0.030, 0.031))
+_PLASTIC = np.array((0.105, 0.150, 0.190), np.float32)
+_BENCH = np.array((0.030, 0.030, 0.031), np.float32)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def photograph(picture: np.ndarray, scene: Scene, rng: np.random.Generator) -> n
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     level = 1 + scene.lean[0] * x + scene.lean[1] * y - scene.vignette / 2 * (x * x + y * y)
-    seen = picture * (level[..., None] * np.float32(scene.tint))
+    seen = picture * (level[..., None] * np.array(scene.tint, np.float32))
     seen = cv2.GaussianBlur(seen, (0, 0), scene.blur_px)
     np.clip(seen, 0, 1, out=seen)
     # A square root for the tone curve: photon noise then has the same strength at every brightness.
@@ -260,9 +260,9 @@ def _shadow(scene: Scene) -> np.ndarray:
     for placement in scene.placements:
         part, pose = all_parts()[placement.part], _pose(scene, placement) / 2
         coverage = part.coverage
-        close = np.maximum(close, cv2.warpAffine(coverage, pose, (half, half), flags=cv2.INTER_AREA))
+        close = np.maximum(close, cv2.warpAffine(coverage, pose, (half, half)))
         pose[:, 2] -= np.array([lx, ly]) / lz * part.height_px / 2
-        cast = np.maximum(cast, cv2.warpAffine(coverage, pose, (half, half), flags=cv2.INTER_AREA))
+        cast = np.maximum(cast, cv2.warpAffine(coverage, pose, (half, half)))
     soft = 0.50 * cv2.GaussianBlur(cast, (0, 0), 2.2) + 0.28 * cv2.GaussianBlur(close, (0, 0), 4.5)
     return cv2.resize(soft, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_LINEAR)
 

@@ -22,22 +22,23 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
-            "--device cuda: this torch sees no CUDA GPU. Check `nvidia-smi` and that torch is a CUDA build, or use --device cpu"
+            "--device cuda: this torch sees no CUDA GPU. Check `nvidia-smi` and that torch is a CUDA build,"
+            " or use --device cpu"
         )
     return device
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware. Where it does not, bf16 is about five times *slower* than fp32."""
+    """Whether the CPU multiplies bfloat16 in hardware.
+
+    Where it does not, bf16 is about five times *slower* than fp32.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    flags = set(
-        next(
-            (line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), ""
-        ).split()
-    )
+    lines = (line for line in text.splitlines() if line.lower().startswith(("flags", "features")))
+    flags = set(next(lines, "").split())
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -55,8 +56,8 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 def keep_memory() -> None:
     """Let the C library keep freed tensors instead of returning them to the system.
 
-    A training step on a CPU allocates and frees gigabytes of short-lived tensors; faulting their pages in again
-    took a fifth of the step. Only glibc has the call; elsewhere nothing happens.
+    A training step on a CPU allocates and frees gigabytes of short-lived tensors; faulting their pages in
+    again took a fifth of the step. Only glibc has the call; elsewhere nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

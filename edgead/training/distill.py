@@ -1,9 +1,9 @@
 """Distillation of a PDN teacher from a frozen backbone and a folder of natural images.
 
-Source: Batzner et al., "EfficientAD", arXiv 2303.14535, algorithm 3: the PDN learns to predict, for every
-position of a 64x64 grid, the aggregated and channel-normalised features that a pretrained classifier has
-there. The aggregation is PatchCore's (Roth et al., arXiv 2106.08265): 3x3 neighbourhoods of two levels, each
-averaged down to 1024 values, joined and averaged down to 384.
+Source: Batzner et al., "EfficientAD", arXiv 2303.14535, algorithm 3: the PDN learns to predict, for
+every position of a 64x64 grid, the aggregated and channel-normalised features that a pretrained
+classifier has there. The aggregation is PatchCore's (Roth et al., arXiv 2106.08265): 3x3 neighbourhoods
+of two levels, each averaged down to 1024 values, joined and averaged down to 384.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ TAPS = ("blocks.5.depthwise", "blocks.12.depthwise")
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Settings of a distillation; steps of batch 8 at 1e-3 suit some thousand steps, the published run is 60,000 of 16 at 1e-4."""
+    """Settings of a distillation.
+
+    Steps of batch 8 at 1e-3 suit some thousand steps; the published run is 60,000 of 16 at 1e-4.
+    """
 
     size: Size = "s"
     steps: int = 3000
@@ -72,23 +75,24 @@ def pooling_matrix(n: int, m: int) -> Tensor:
 
 
 def aggregation_kernel(channels: int, level: int) -> Tensor:
-    """3x3 kernels [192, channels, 3, 3] that do PatchCore's aggregation of one of two levels in one convolution.
+    """3x3 kernels [192, channels, 3, 3]: PatchCore's aggregation of one of two levels as one convolution.
 
-    Output channels 0..191 of the 384 come from level 0 alone and 192..383 from level 1 alone, because pooling
-    the 2 x 1024 joined values to 384 never mixes the two halves.
+    Output channels 0..191 of the 384 come from level 0 alone and 192..383 from level 1 alone, because
+    pooling the 2 x 1024 joined values to 384 never mixes the two halves.
     """
     half = FEATURES // 2
-    joined = pooling_matrix(2048, FEATURES)[
-        half * level : half * (level + 1), 1024 * level : 1024 * (level + 1)
-    ]
+    rows = slice(half * level, half * (level + 1))
+    joined = pooling_matrix(2048, FEATURES)[rows, 1024 * level : 1024 * (level + 1)]
     return (joined @ pooling_matrix(9 * channels, 1024)).reshape(half, channels, 3, 3).float()
 
 
 class Targets(nn.Module):
-    """Frozen backbone and aggregation: RGB 0..255 images [N, 3, 512, 512] -> target features [N, 384, 64, 64].
+    """Frozen backbone and aggregation.
 
-    The networks run in `dtype`, one image at a time: its maps then stay in the CPU's cache, and on a GPU an image
-    of 512 px is work enough.
+    RGB 0..255 images [N, 3, 512, 512] -> target features [N, 384, 64, 64].
+
+    The networks run in `dtype`, one image at a time: its maps then stay in the CPU's cache, and on a GPU
+    an image of 512 px is work enough.
     """
 
     def __init__(self, backbone: Path, dtype: torch.dtype) -> None:
@@ -112,7 +116,7 @@ class Targets(nn.Module):
 
 
 class Crops:
-    """Random crops of a folder's images; what a (step, position) pair gives depends on the seed alone."""
+    """Random crops of a folder's images; what a (step, position) gives depends on the seed alone."""
 
     def __init__(self, paths: list[Path], *, seed: int) -> None:
         self.paths, self.seed = paths, seed
@@ -131,7 +135,10 @@ class Crops:
         )
 
     def batches(self, first: int, last: int, batch: int) -> Iterator[Tensor]:
-        """Batches uint8 [batch, 512, 512, 3] of the steps first .. last - 1, made two ahead in the background."""
+        """Batches uint8 [batch, 512, 512, 3] of the steps first .. last - 1.
+
+        They are made two ahead in the background.
+        """
 
         def make(step: int) -> Tensor:
             return torch.from_numpy(np.stack([self(step, position) for position in range(batch)]))
@@ -156,25 +163,19 @@ def _augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     if rng.random() < 0.15:
-        crop = np.repeat(
-            cv2.cvtColor(np.ascontiguousarray(crop), cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2
-        )
+        grey = cv2.cvtColor(np.ascontiguousarray(crop), cv2.COLOR_RGB2GRAY)
+        crop = np.repeat(grey[..., None], 3, axis=2)
     if rng.random() < 0.5:
         crop = np.clip(crop * rng.uniform(0.6, 1.4), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(crop)
 
 
 def _inputs(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Backbone input (RGB 0..255, 512 px) and PDN input (ImageNet-normalised, 256 px) of the same crops."""
-    x = (
-        images.to(device, non_blocking=True)
-        .permute(0, 3, 1, 2)
-        .float()
-        .contiguous(memory_format=torch.channels_last)
-    )
-    small = (
-        F.avg_pool2d(x, 2) / 255
-    )  # halving by means is the antialiased resize up to a quarter pixel of blur
+    """Inputs of backbone (RGB 0..255, 512 px) and PDN (ImageNet-normalised, 256 px) of the same crops."""
+    x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    x = x.float().contiguous(memory_format=torch.channels_last)
+    # halving by means is the antialiased resize up to a quarter pixel of blur
+    small = F.avg_pool2d(x, 2) / 255
     return x, (small - IMAGENET_MEAN.to(device)) / IMAGENET_STD.to(device)
 
 
@@ -185,9 +186,8 @@ def _measure_channels(
     count = min(len(crops.paths), 10_000) // config.batch + 1
     total = squares = torch.zeros((), dtype=torch.float64)
     n = 0
-    for images in crops.batches(
-        1 << 40, (1 << 40) + count, config.batch
-    ):  # steps that training never uses
+    first = 1 << 40  # steps that training never uses
+    for images in crops.batches(first, first + count, config.batch):
         with torch.inference_mode():
             features = targets(_inputs(images, device)[0]).double()
         total = total + features.sum(dim=(0, 2, 3)).cpu()
@@ -240,7 +240,8 @@ def distill(
     paths = list_images(Path(images))
     if len(paths) < 2:
         raise DataError(
-            f"{images} holds {len(paths)} images; distillation needs a folder of natural images, the more the better"
+            f"{images} holds {len(paths)} images;"
+            " distillation needs a folder of natural images, the more the better"
         )
     order = np.random.default_rng(config.seed).permutation(len(paths))
     held = max(1, round(config.held_out * len(paths)))

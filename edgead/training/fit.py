@@ -1,11 +1,11 @@
 """Training of EfficientAD: student and autoencoder against the frozen teacher.
 
-Source: Batzner et al., "EfficientAD", arXiv 2303.14535, algorithm 1, in the form of the public reproduction of its
-figures. One step sees one training image, a colour-jittered copy of it for the autoencoder, and one natural image
-for the penalty.
+Source: Batzner et al., "EfficientAD", arXiv 2303.14535, algorithm 1, in the form of the public
+reproduction of its figures. One step sees one training image, a colour-jittered copy of it for the
+autoencoder, and one natural image for the penalty.
 
-Every random choice is a function of (seed, step) alone, so a resumed run goes on with exactly the choices that an
-uninterrupted one would have made.
+Every random choice is a function of (seed, step) alone, so a resumed run goes on with exactly the choices
+that an uninterrupted one would have made.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.minutes is not None and self.minutes <= 0):
             raise TrainingError(
-                f"--steps {self.steps} / --minutes {self.minutes}: need at least one step, or more than 0 minutes"
+                f"--steps {self.steps} / --minutes {self.minutes}:"
+                " need at least one step, or more than 0 minutes"
             )
 
 
@@ -82,9 +83,8 @@ def read_images(paths: list[Path]) -> np.ndarray:
     """Training images at network size, uint8 [N, 256, 256, 3]."""
     images = np.empty((len(paths), IMAGE_PX, IMAGE_PX, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for index, image in enumerate(
-            pool.map(lambda path: resize(read_image(path), IMAGE_PX, IMAGE_PX), paths)
-        ):
+        resized = pool.map(lambda path: resize(read_image(path), IMAGE_PX, IMAGE_PX), paths)
+        for index, image in enumerate(resized):
             images[index] = image
     return images
 
@@ -96,7 +96,14 @@ def to_input(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of brightness, contrast and saturation changed by a factor of 0.8 .. 1.2: uint8 HWC -> float32 HWC 0..255."""
+    """One of brightness, contrast and saturation changed by a factor of 0.8 .. 1.2.
+
+    Args:
+        image: uint8 HWC.
+
+    Returns:
+        float32 HWC, 0..255.
+    """
     x, kind, factor = image.astype(np.float32), rng.integers(3), np.float32(rng.uniform(0.8, 1.2))
     if kind == 0:
         y = factor * x
@@ -107,13 +114,17 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class PenaltyImages:
-    """Natural images that the student must not imitate the teacher on; which one a step sees depends on the seed."""
+    """Natural images that the student must not imitate the teacher on.
+
+    Which one a step sees depends on the seed.
+    """
 
     def __init__(self, folder: Path, *, seed: int) -> None:
         self.folder, self.seed, self.paths = folder, seed, list_images(folder)
         if not self.paths:
             raise DataError(
-                f"{folder} holds no images, and training without penalty images loses accuracy: name a folder of natural images"
+                f"{folder} holds no images, and training without penalty images loses accuracy:"
+                " name a folder of natural images"
             )
 
     def __call__(self, step: int) -> np.ndarray:
@@ -137,7 +148,10 @@ class PenaltyImages:
 
 
 class TeacherTargets:
-    """Normalised teacher outputs of the training images, computed once and kept in FP16 as far as the cache reaches."""
+    """Normalised teacher outputs of the training images.
+
+    They are computed once and kept in FP16 as far as the cache reaches.
+    """
 
     def __init__(
         self, model: EfficientAD, images: np.ndarray, device: torch.device, cache_mib: int
@@ -157,9 +171,8 @@ class TeacherTargets:
                 self.cache[index] = features[0]
         n = len(images) * 56 * 56
         mean = total / n
-        std = (
-            (squares / n - mean.square()).clamp_min(1e-12).sqrt()
-        )  # FP64 sums: as exact as a second pass
+        variance = squares / n - mean.square()  # FP64 sums: as exact as a second pass
+        std = variance.clamp_min(1e-12).sqrt()
         model.mean.copy_(mean.view(-1, 1, 1))
         model.std.copy_(std.view(-1, 1, 1))
         mean16, scale16 = model.mean.cpu().half(), (1 / model.std).cpu().half()
@@ -180,8 +193,9 @@ class TeacherTargets:
 def step_losses(model: EfficientAD, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four loss terms.
 
-    The student sees the three images as one batch; its first 384 output channels are only made for the training
-    and the penalty image and its last 384 only for the jittered one, because nothing else reads them.
+    The student sees the three images as one batch; its first 384 output channels are only made for the
+    training and the penalty image and its last 384 only for the jittered one, because nothing else reads
+    them.
 
     Args:
         x: Normalised training image, penalty image and jittered training image, [3, 3, 256, 256].
@@ -325,14 +339,16 @@ def _step(
 def _batches(
     images: np.ndarray, penalty: PenaltyImages, seed: int, first: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(index of the training image, [image, penalty image, jittered image] float32 [3, 256, 256, 3]) per step, made ahead."""
+    """Per step the index of the training image and its batch, made ahead.
+
+    A batch is [image, penalty image, jittered image], float32 [3, 256, 256, 3].
+    """
 
     def make(step: int) -> tuple[int, np.ndarray]:
         rng = np.random.default_rng([seed, step, 0])
         index = int(rng.integers(len(images)))
-        return index, np.stack(
-            [images[index], penalty(step), jitter(images[index], rng)], dtype=np.float32
-        )
+        trio = [images[index], penalty(step), jitter(images[index], rng)]
+        return index, np.stack(trio, dtype=np.float32)
 
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(make, first + ahead) for ahead in range(3)]
@@ -347,7 +363,14 @@ def _batches(
 def raw_maps(
     model: EfficientAD, images: np.ndarray, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Student-teacher and student-autoencoder maps, float32 [N, 56, 56] each, of images uint8 [N, 256, 256, 3], in FP32."""
+    """Student-teacher and student-autoencoder maps, computed in FP32.
+
+    Args:
+        images: uint8 [N, 256, 256, 3].
+
+    Returns:
+        Both maps, float32 [N, 56, 56] each.
+    """
     model.eval()
     local, logical = [], []
     for image in images:
@@ -359,7 +382,10 @@ def raw_maps(
 
 
 def build_model(teacher: PDN, *, seed: int) -> EfficientAD:
-    """Networks with seeded initial weights (PyTorch's defaults); the process's random state is left alone."""
+    """Networks with seeded initial weights (PyTorch's defaults).
+
+    The process's random state is left alone.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return EfficientAD(teacher)

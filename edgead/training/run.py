@@ -20,12 +20,10 @@ from edgead.models.efficientad import EfficientAD
 from edgead.models.files import load_strict, read_state_dict
 from edgead.models.pdn import PDN
 
-RUN_FILE, WEIGHTS_FILE, LOSSES_FILE, CHECKPOINT_FILE = (
-    "run.json",
-    "detector.safetensors",
-    "losses.csv",
-    "checkpoint.pt",
-)
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "detector.safetensors"
+LOSSES_FILE = "losses.csv"
+CHECKPOINT_FILE = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,12 @@ def read_run(folder: Path | str) -> Run:
     if not (folder / RUN_FILE).is_file():
         if (folder / CHECKPOINT_FILE).is_file():
             raise TrainingError(
-                f"{folder}: this training has not finished; go on with `edgead train ... --out {folder} --resume`"
+                f"{folder}: this training has not finished;"
+                f" go on with `edgead train ... --out {folder} --resume`"
             )
         raise TrainingError(
-            f"{folder} is no training run: it has no {RUN_FILE}. Make one with `edgead train DATA --out {folder}`"
+            f"{folder} is no training run: it has no {RUN_FILE}."
+            f" Make one with `edgead train DATA --out {folder}`"
         )
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -73,11 +73,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that the process works in, with "+changes" when its files differ; None outside one."""
+    """Commit of the repository that the process works in; None outside one.
+
+    "+changes" is appended when the files differ from the commit.
+    """
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True

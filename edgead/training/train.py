@@ -41,9 +41,10 @@ DISTRACTORS = 300
 
 
 def penalty_folder(named: Path | None, run: Path, *, seed: int) -> tuple[Path, str]:
-    """The folder of penalty images and what it is: the named one, the environment's, or pictures rendered now.
+    """The folder of penalty images and what it is.
 
-    Training never goes without them: the student would learn to imitate the teacher on everything.
+    It is the named one, the environment's, or one of pictures rendered now. Training never goes
+    without them: the student would learn to imitate the teacher on everything.
     """
     if named is not None:
         return named, "named by the user"
@@ -51,8 +52,9 @@ def penalty_folder(named: Path | None, run: Path, *, seed: int) -> tuple[Path, s
         return Path(variable), f"from {PENALTY_VARIABLE}"
     folder = run / "penalty"
     log.warning(
-        "no penalty images named: training uses %d rendered pictures instead of natural images. Detection is better with"
-        " natural ones: --penalty FOLDER (any folder of some hundred varied photos), or set %s",
+        "no penalty images named: training uses %d rendered pictures instead of natural images."
+        " Detection is better with natural ones: --penalty FOLDER (any folder of some hundred varied"
+        " photos), or set %s",
         DISTRACTORS,
         PENALTY_VARIABLE,
     )
@@ -86,7 +88,8 @@ def train(
         The content of run.json.
 
     Raises:
-        TrainingError: the folder holds another or a finished run, or the loss diverged. DataError, WeightsError.
+        TrainingError: the folder holds another or a finished run, or the loss diverged. DataError,
+            WeightsError.
     """
     config = config or TrainConfig()
     if (run / RUN_FILE).exists():
@@ -100,8 +103,9 @@ def train(
     network, info = load_teacher(teacher or SHIPPED_TEACHER)
     if network.size != config.size:
         raise TrainingError(
-            f"{teacher or SHIPPED_TEACHER} is a PDN-{network.size.upper()} teacher, --method efficientad-{config.size} needs a"
-            f" PDN-{config.size.upper()} one: name another with --teacher, or use --method efficientad-{network.size}"
+            f"{teacher or SHIPPED_TEACHER} is a PDN-{network.size.upper()} teacher,"
+            f" --method efficientad-{config.size} needs a PDN-{config.size.upper()} one:"
+            f" name another with --teacher, or use --method efficientad-{network.size}"
         )
     folder, penalty_source = penalty_folder(penalty, run, seed=config.seed)
     negatives = PenaltyImages(folder, seed=config.seed)
@@ -129,7 +133,7 @@ def train(
     calibration, threshold = calibrate(
         model, read_images(list(dataset.validation)), config.false_reject, chosen
     )
-    record = {
+    record: dict[str, Any] = {
         "method": f"efficientad-{config.size}",
         "config": asdict(config),
         "data": {**describe_data(dataset), "fingerprint": fingerprint},
@@ -151,7 +155,12 @@ def train(
 def calibrate(
     model: Any, images: np.ndarray, false_reject: float, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Map scale and threshold from good validation images uint8 [N, 256, 256, 3], as they stand in run.json."""
+    """Map scale and threshold, as they stand in run.json.
+
+    Args:
+        images: Good validation images, uint8 [N, 256, 256, 3].
+        false_reject: Target rate of good parts rejected.
+    """
     local, logical = raw_maps(model, images, device)
     scales = MapScale.of(local), MapScale.of(logical)
     constants = graph_constants(*scales)

@@ -61,11 +61,14 @@ def test_folds_are_exact(size: str, images: torch.Tensor) -> None:
     assert spread > 0.5  # a constant map would prove nothing
     assert float((maps - expected_maps).abs().max()) < 1e-5 * spread
     assert float((score - expected_score).abs().max()) < 1e-5 * spread
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())  # export changes nothing
+    # export changes nothing
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @torch.inference_mode()
-def test_half_precision_stays_near_and_keeps_the_tail_in_float32(small: EfficientAD, images: torch.Tensor) -> None:
+def test_half_precision_stays_near_and_keeps_the_tail_in_float32(
+    small: EfficientAD, images: torch.Tensor
+) -> None:
     graph = MergedGraph(small, dtype=torch.float16)
     score, maps = graph(images, CALIBRATION)
     _, expected = reference(small, images)
@@ -74,7 +77,9 @@ def test_half_precision_stays_near_and_keeps_the_tail_in_float32(small: Efficien
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 420), (256, 256), (515, 301)])
-def test_resize_in_the_graph_equals_the_host_within_one_level(small: EfficientAD, height: int, width: int) -> None:
+def test_resize_in_the_graph_equals_the_host_within_one_level(
+    small: EfficientAD, height: int, width: int
+) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     graph = MergedGraph(small, frame=(height, width))
     x = torch.from_numpy(frame[None]).float().permute(0, 3, 1, 2)
@@ -106,7 +111,9 @@ def test_onnx_file_is_what_every_back_end_takes(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_onnx_runtime_reproduces_torch_for_every_batch(content: bytes, small: EfficientAD, images: torch.Tensor, batch: int) -> None:
+def test_onnx_runtime_reproduces_torch_for_every_batch(
+    content: bytes, small: EfficientAD, images: torch.Tensor, batch: int
+) -> None:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     many = images.repeat(3, 1, 1, 1)[:batch]
     score, maps = session.run(None, {"image": many.numpy(), "calibration": CALIBRATION.numpy()})
@@ -118,9 +125,13 @@ def test_onnx_runtime_reproduces_torch_for_every_batch(content: bytes, small: Ef
 def test_calibration_is_an_input_that_acts(content: bytes, images: torch.Tensor) -> None:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     feed = {"image": images[:1].numpy()}
-    parts = [session.run(["anomaly_map"], {**feed, "calibration": np.array(c, np.float32)})[0] for c in ([1, 0, 0], [0, 1, 0], [2, 3, 0.5])]
+    parts = [
+        session.run(["anomaly_map"], {**feed, "calibration": np.array(c, np.float32)})[0]
+        for c in ([1, 0, 0], [0, 1, 0], [2, 3, 0.5])
+    ]
     inner = (slice(None), slice(4, -4), slice(4, -4))
-    np.testing.assert_allclose(parts[2][inner], (2 * parts[0] + 3 * parts[1] + 0.5)[inner], rtol=1e-4, atol=1e-5)
+    expected = (2 * parts[0] + 3 * parts[1] + 0.5)[inner]
+    np.testing.assert_allclose(parts[2][inner], expected, rtol=1e-4, atol=1e-5)
     assert (parts[2][:, :4] == 0).all()
 
 
@@ -132,19 +143,22 @@ def test_fp16_weights_are_fp16_in_the_file(small: EfficientAD, content: bytes) -
     assert {weights[node.input[1]] for node in convolutions} == {onnx.TensorProto.FLOAT16}
 
 
-def _model(nodes: list[onnx.NodeProto], *, opset: int = OPSET, dtype: int = onnx.TensorProto.FLOAT) -> onnx.ModelProto:
+def _model(
+    nodes: list[onnx.NodeProto], *, opset: int = OPSET, dtype: int = onnx.TensorProto.FLOAT
+) -> onnx.ModelProto:
     tensor = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        nodes, "g", [tensor("image", onnx.TensorProto.UINT8, [1, 2, 2, 3])], [tensor("y", dtype, list("abcd"))]
-    )  # fmt: skip
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
+    inputs = [tensor("image", onnx.TensorProto.UINT8, [1, 2, 2, 3])]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [tensor("y", dtype, list("abcd"))])
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def test_check_refuses_what_tensorrt_would() -> None:
     make, proto = onnx.helper.make_node, onnx.TensorProto
     cast = make("Cast", ["image"], ["x"], to=proto.FLOAT)
+    transpose = make("Transpose", ["image"], ["t"], perm=[0, 3, 1, 2])
     cases = [
-        ([make("Transpose", ["image"], ["t"], perm=[0, 3, 1, 2]), make("Cast", ["t"], ["y"], to=proto.FLOAT)], {}, "Transpose"),
+        ([transpose, make("Cast", ["t"], ["y"], to=proto.FLOAT)], {}, "Transpose"),
         ([make("Cast", ["image"], ["y"], to=proto.DOUBLE)], {"dtype": proto.DOUBLE}, "double precision"),
         ([cast, make("Relu", ["x"], ["y"])], {"opset": 17}, "opset"),
         ([cast, make("Dropout", ["x"], ["y"])], {}, "Dropout"),

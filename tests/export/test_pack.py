@@ -44,14 +44,19 @@ def test_frame_variant_gives_the_scores_of_the_host_resize(
     path = tmp_path / "frame.edgead"
     export_run(trained_run, path, frame=(640, 640))
     frames = [read_image(file) for file in sorted((demo_images / "test").rglob("*.jpg"))[:3]]
-    with edgead.load(trained_bundle, backend="onnxruntime") as host, edgead.load(path, backend="onnxruntime") as inside:
+    with (
+        edgead.load(trained_bundle, backend="onnxruntime") as host,
+        edgead.load(path, backend="onnxruntime") as inside,
+    ):
         for frame in frames:
             assert inside(frame).score == pytest.approx(host(frame).score, rel=2e-3)
         with pytest.raises(edgead.DataError, match="640"):
             inside(frames[0][:300])
 
 
-def test_fp16_passes_its_own_gate_and_halves_the_file(trained_run: Path, trained_bundle: Path, tmp_path: Path) -> None:
+def test_fp16_passes_its_own_gate_and_halves_the_file(
+    trained_run: Path, trained_bundle: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "half.edgead"
     parity = export_run(trained_run, path, precision="fp16", name="other name")
     assert parity.precision == "fp16" and parity.score_deviation < 1e-2

@@ -29,7 +29,9 @@ def arguments(trained_run: Path, trained_bundle: Path, demo_images: Path) -> dic
     }
 
 
-def test_exported_graph_agrees_within_1e_4_of_the_spread_without_flips(arguments: dict[str, object]) -> None:
+def test_exported_graph_agrees_within_1e_4_of_the_spread_without_flips(
+    arguments: dict[str, object],
+) -> None:
     parity, golden = compare(**arguments)  # type: ignore[arg-type]
     assert parity.images == 3 and not parity.flips and not parity.failures
     assert parity.score_deviation < 1e-4 and parity.map_deviation < 1e-4
@@ -50,7 +52,8 @@ def _damaged(content: bytes, scale: float) -> bytes:
 
 def test_a_wrong_fold_is_stopped(arguments: dict[str, object]) -> None:
     content = _damaged(arguments["onnx_content"], 1.05)  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="fails the parity gate on 3 images: the largest score deviation"):
+    message = "fails the parity gate on 3 images: the largest score deviation"
+    with pytest.raises(ExportError, match=message):
         compare(**{**arguments, "onnx_content": content})  # type: ignore[arg-type]
 
 
@@ -79,5 +82,6 @@ def test_golden_samples_surround_the_threshold_outside_the_margin() -> None:
     scores = np.array([0.1, 0.4, 0.99, 1.01, 1.3, 5.0, 0.2])
     assert choose_golden(scores, 1.0, 0.05, bytes_per_image=1) == [4, 1, 5, 0]
     assert choose_golden(scores, 1.0, 0.05, bytes_per_image=40 << 20) == [4]
-    assert choose_golden(np.array([0.99, 1.01]), 1.0, 0.5, bytes_per_image=1) == [1, 0]  # none outside: take these
+    # none outside: take these
+    assert choose_golden(np.array([0.99, 1.01]), 1.0, 0.5, bytes_per_image=1) == [1, 0]
     assert choose_golden(np.array([0.1, 0.3]), 1.0, 0.1, bytes_per_image=1) == [1, 0]  # all good

@@ -80,11 +80,16 @@ def test_map_is_calibrated_padded_with_zeros_and_scored_by_its_maximum() -> None
 
 
 def test_score_is_the_limit_of_the_maximum_after_enlarging() -> None:
-    """The published score is the maximum of the map enlarged to the image; ours is what that tends to from below."""
+    """The published score is the maximum of the map enlarged to the image.
+
+    Ours is what that tends to from below.
+    """
     maps = torch.rand(1, 64, 64)
     gaps = []
     for side in (256, 1024, 4096):
-        enlarged = torch.nn.functional.interpolate(maps[None], size=(side, side), mode="bilinear", align_corners=False)
+        enlarged = torch.nn.functional.interpolate(
+            maps[None], size=(side, side), mode="bilinear", align_corners=False
+        )
         gaps.append(float(anomaly_score(maps)[0] - enlarged.max()))
     assert gaps[0] >= gaps[1] >= gaps[2] >= 0
     assert gaps[2] < 0.02

@@ -13,9 +13,14 @@ from edgead.models.files import load_mobilenet
 from edgead.models.mobilenet import MobileNetV2, _SameConv
 
 TAPS = {
-    "blocks.2": (24, 4), "blocks.5": (32, 8), "blocks.5.depthwise": (192, 8), "blocks.6.expand": (192, 8),
-    "blocks.12": (96, 16), "blocks.12.depthwise": (576, 16), "blocks.13.expand": (576, 16),
-}  # fmt: skip
+    "blocks.2": (24, 4),
+    "blocks.5": (32, 8),
+    "blocks.5.depthwise": (192, 8),
+    "blocks.6.expand": (192, 8),
+    "blocks.12": (96, 16),
+    "blocks.12.depthwise": (576, 16),
+    "blocks.13.expand": (576, 16),
+}
 
 
 @torch.inference_mode()
@@ -52,8 +57,11 @@ def test_same_padding_puts_the_odd_pixel_at_the_end(side: int, stride: int) -> N
 
 @torch.inference_mode()
 def test_top_1_on_real_images(shared: Path) -> None:
-    """Sorted by name, an image's position is its class. All 1,000: 889 right (measured once, with Pillow's
-    resize). A wrong padding or channel order costs far more than the tolerance."""
+    """Sorted by name, an image's position is its class.
+
+    All 1,000: 889 right (measured once, with Pillow's resize). A wrong padding or channel order costs far
+    more than the tolerance.
+    """
     network, info = load_mobilenet(shared / "weights" / "mobilenet_v2_imagenet.safetensors")
     assert info.sha256 == "3a46bafdf2676eb45efe2554807dea26c5e0e095483fc8cfb917b31c290a7be1"
     images = list_images(shared / "data" / "imagenet_1000")

@@ -360,7 +360,7 @@ def test_replay_without_spread_or_deviation(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_replay_compares_with_the_threshold_as_the_detector_does(tiny: Any, tmp_path: Path) -> None:
-    """In float64: 0.1 as float32 is above 0.1, and a threshold just above it must not be rounded down to it."""
+    """In float64: a threshold just above the float32 score must not be rounded down to it."""
     score = float(np.float32(0.1))
     golden = Golden(
         tiny.golden.images[:1], np.array([score], np.float32), np.zeros((1, 64, 64), np.float32)

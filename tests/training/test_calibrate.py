@@ -59,12 +59,20 @@ def test_no_more_good_images_are_rejected_than_asked_for(values: np.ndarray, rat
 def test_order_statistic_with_enough_images() -> None:
     values = np.arange(200.0)
     threshold = choose_threshold(values, false_reject=0.01)
-    assert 197 < threshold.value < 197.001
+    assert threshold.value == 197.5  # between the samples
     assert threshold.basis.startswith("order statistic: 2 of 200")
 
 
+@pytest.mark.parametrize("values", [[0.2, 0.21, 0.5], [1.0] * 300, [1.0] * 290 + [2.0] * 10, [3.0]])
+def test_threshold_keeps_clear_of_every_sample(values: list[float]) -> None:
+    """A verdict must not hang on the last digit of a sum, which differs between torch and an exported graph."""
+    scores = np.array(values)
+    threshold = choose_threshold(scores, false_reject=0.05).value
+    assert np.abs(scores - threshold).min() > 1e-3 * scores.mean()
+
+
 def test_extrapolation_hits_the_rate_on_average_for_gumbel_scores() -> None:
-    """Maxima follow a Gumbel law: over 300 calibrations with 21 images the true rate is near the 1 % asked for."""
+    """Maxima follow a Gumbel law: over 300 calibrations with 21 images the rate is near the 1 % asked for."""
     rng = np.random.default_rng(1)
     values = [choose_threshold(rng.gumbel(3, 0.5, 21)).value for _ in range(300)]
     rates = [-math.expm1(-math.exp(-(value - 3) / 0.5)) for value in values]
@@ -75,7 +83,8 @@ def test_extrapolation_hits_the_rate_on_average_for_gumbel_scores() -> None:
 @pytest.mark.parametrize("n", [6, 21, 300])
 def test_upper_bound_is_clopper_pearson(events: int, n: int) -> None:
     stats = pytest.importorskip("scipy.stats", reason="scipy, the oracle, is not installed")
-    assert binomial_upper_bound(events, n, 0.95) == pytest.approx(stats.beta.ppf(0.95, events + 1, n - events))
+    expected = stats.beta.ppf(0.95, events + 1, n - events)
+    assert binomial_upper_bound(events, n, 0.95) == pytest.approx(expected)
 
 
 def test_claim_says_what_the_images_support() -> None:
@@ -91,8 +100,13 @@ def test_one_image_leaves_room_above_its_score() -> None:
 
 @pytest.mark.parametrize(
     ("values", "rate", "message"),
-    [([], 0.01, "got 0 scores"), ([1, math.inf], 0.01, "finite scores"), ([1, 2], 0.0, "out of range"), ([1], 0.7, "out of range")],
-)  # fmt: skip
+    [
+        ([], 0.01, "got 0 scores"),
+        ([1, math.inf], 0.01, "finite scores"),
+        ([1, 2], 0.0, "out of range"),
+        ([1], 0.7, "out of range"),
+    ],
+)
 def test_bad_input(values: list[float], rate: float, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         choose_threshold(np.array(values), false_reject=rate)

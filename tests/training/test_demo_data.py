@@ -27,7 +27,7 @@ from edgead.training.demo_scene import Scene
 STRUCTURAL = tuple(demo_defects.STRUCTURAL)
 SMALL = {"train": 2, "good": 1, "defective": 8}
 
-# Of the first ten pictures of a surface defect: least and greatest size, least contrast (0.06, 0.97, 0.17).
+# Of ten pictures of a surface defect: least and greatest size (0.06, 0.97), least contrast (0.17).
 SMALLEST, LARGEST, FAINTEST = 9, 4, 3
 
 
@@ -86,7 +86,7 @@ def test_pictures_and_masks_fit(demo: Path) -> None:
 
 
 def test_files_hold_the_rendered_example(demo: Path) -> None:
-    """Up to JPEG compression: quality 86 to 94 on sensor noise changes a value by 1 to 2.5 in the mean."""
+    """Up to JPEG compression: quality 86 to 94 changes a noisy picture by 1.3 to 2.4 in the mean."""
     picture, mask, _ = render_example(5, "chip", 0)
     stored = read(demo / "test/chip/000.jpg")[..., ::-1]
     assert np.abs(stored.astype(int) - picture).mean() < 3.5
@@ -107,8 +107,8 @@ def test_another_seed_gives_other_pictures(demo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", STRUCTURAL)
 def test_mask_covers_just_what_a_surface_defect_changes(kind: str) -> None:
-    """The lens smears a defect's outline: up to 26 grey values on the pixels that touch the mask, 8 on those
-    beside them, and nothing but roundings (1) further out. Largest seen with seed 0: 24, 7, 1."""
+    """The lens smears a defect's outline: up to 26 grey values on the pixels that touch the mask, 8 on
+    those beside them, and nothing but roundings (1) further out. Largest seen with seed 0: 24, 7, 1."""
     for index in (SMALLEST, LARGEST):
         change, away_px, mask = with_and_without(kind, index)
         assert change[away_px > 0].max() <= 26
@@ -119,8 +119,8 @@ def test_mask_covers_just_what_a_surface_defect_changes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LOGICAL)
 def test_mask_of_a_logical_defect_covers_all_but_shadows(kind: str) -> None:
-    """Beyond the reach of shadows nothing changes but roundings (1); beside the mask a shadow comes or goes,
-    never more than 80 grey values (largest seen with seed 0: 67)."""
+    """Beyond the reach of shadows nothing changes but roundings (1); beside the mask a shadow comes or
+    goes, never more than 80 grey values (largest seen with seed 0: 67)."""
     change, away_px, mask = with_and_without(kind, 0)
     assert change[away_px > SHADOW_PX].max() <= 1
     assert 5 < change[away_px > 0].max() <= 80
@@ -158,7 +158,7 @@ def test_defects_range_from_about_six_pixels_to_a_whole_part() -> None:
 
 @pytest.mark.parametrize("kind", STRUCTURAL)
 def test_faintest_defects_stand_out_of_the_noise(kind: str) -> None:
-    """Softened as an eye does it, a defect must change its pixels by more than the noise that is left."""
+    """Softened as an eye does it, a defect changes its pixels by more than the noise that is left."""
     defective, mask, scene = example(kind, FAINTEST)
     clean, _, _ = example(kind, FAINTEST, with_defect=False)
     soft = [cv2.GaussianBlur(np.float32(picture), (0, 0), 0.8) for picture in (defective, clean)]
@@ -178,13 +178,15 @@ def test_parts_are_drawn_with_unit_normals_and_antialiased_outlines() -> None:
     assert len({part.name for part in all_parts()}) == 6
     for part in all_parts():
         assert np.allclose(np.square(part.normal).sum(axis=0), 1, atol=1e-5)
-        border = np.concatenate([part.coverage[0], part.coverage[-1], part.coverage[:, 0], part.coverage[:, -1]])
+        border = np.concatenate(
+            [part.coverage[0], part.coverage[-1], part.coverage[:, 0], part.coverage[:, -1]]
+        )
         assert border.max() == 0, f"{part.name} is larger than its square"
         assert 0.002 < ((part.coverage > 0.05) & (part.coverage < 0.95)).mean() < 0.1
 
 
 def test_polygons_are_filled_where_they_lie() -> None:
-    """Area and centre of a rectangle between pixels; OpenCV adds its border, 1/8 px of the 4-fold picture."""
+    """Area and centre of a rectangle between pixels; OpenCV adds half a sample all around it."""
     left, top, right, bottom = 10.3, 20.6, 31.8, 27.1
     coverage = demo_defects._fill(
         np.array([(left, top), (right, top), (right, bottom), (left, bottom)]), (48, 64)
@@ -211,7 +213,9 @@ def test_refuses_a_folder_with_something_in_it(tmp_path: Path) -> None:
 
 def test_fills_an_empty_folder_and_reports_progress(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    render_demo(tmp_path, train=2, good=0, defective=0, progress=lambda done, total: calls.append((done, total)))
+    render_demo(
+        tmp_path, train=2, good=0, defective=0, progress=lambda done, total: calls.append((done, total))
+    )
     assert calls == [(1, 2), (2, 2)]
     assert sorted(hashes(tmp_path)) == ["train/good/000.jpg", "train/good/001.jpg"]
 

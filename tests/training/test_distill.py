@@ -47,7 +47,8 @@ def test_one_convolution_per_level_equals_the_literal_aggregation() -> None:
     b = F.interpolate(
         F.conv2d(coarse, aggregation_kernel(576, 1), padding=1), size=(8, 8), mode="bilinear"
     )
-    torch.testing.assert_close(torch.cat([a, b], 1), literal_aggregation(fine, coarse), atol=1e-6, rtol=1e-5)
+    expected = literal_aggregation(fine, coarse)
+    torch.testing.assert_close(torch.cat([a, b], 1), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ) -> None:
     seen: list[float] = []
     whole = tmp_path / "whole.safetensors"
-    result = distill(natural_images, backbone, whole, CONFIG, progress=lambda s, n, loss: seen.append(loss))
+    result = distill(
+        natural_images, backbone, whole, CONFIG, progress=lambda s, n, loss: seen.append(loss)
+    )
     assert len(seen) == result.steps == 4 and result.images == 6
     assert 0.1 < result.loss < 10 and 0.1 < result.held_out_loss < 10  # targets have variance 1
 
@@ -91,7 +94,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         other = DistillConfig(steps=4, batch=2, held_out=0.2, checkpoint_s=0.0)
         distill(natural_images, backbone, resumed, other, resume=True)
     steps: list[int] = []
-    distill(natural_images, backbone, resumed, CONFIG, resume=True, progress=lambda s, n, loss: steps.append(s))
+    distill(
+        natural_images, backbone, resumed, CONFIG,
+        resume=True, progress=lambda s, n, loss: steps.append(s),
+    )  # fmt: skip
     assert steps == [3, 4]  # the checkpoint of step 2 was the last one written
     a, b = load_teacher(whole)[0].state_dict(), load_teacher(resumed)[0].state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -105,7 +111,8 @@ def test_crops_depend_on_seed_step_and_position_alone(natural_images: Path) -> N
     list(b.batches(0, 2, 2))
     assert np.array_equal(a(5, 1), b(5, 1))
     assert a(5, 1).shape == (512, 512, 3) and a(5, 1).dtype == np.uint8
-    assert not np.array_equal(a(5, 1), a(5, 0)) and not np.array_equal(a(5, 1), Crops(paths, seed=2)(5, 1))
+    assert not np.array_equal(a(5, 1), a(5, 0))
+    assert not np.array_equal(a(5, 1), Crops(paths, seed=2)(5, 1))
 
 
 def test_damaged_images_are_passed_over_and_a_folder_of_them_is_an_error(

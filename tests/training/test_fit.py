@@ -53,7 +53,8 @@ def test_losses_are_those_of_the_paper(images: np.ndarray, random_teacher: Path)
     decoded, jittered = model.autoencoder(x[2:]), model.student(x[2:])
     torch.testing.assert_close(hard, expected_hard, rtol=1e-4, atol=0)
     torch.testing.assert_close(penalty, (model.student(x[1:2])[:, :384] ** 2).mean(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(autoencoder, ((model.teacher_features(x[2:]) - decoded) ** 2).mean(), rtol=1e-4, atol=0)
+    expected_autoencoder = ((model.teacher_features(x[2:]) - decoded) ** 2).mean()
+    torch.testing.assert_close(autoencoder, expected_autoencoder, rtol=1e-4, atol=0)
     torch.testing.assert_close(pair, ((decoded - jittered[:, 384:]) ** 2).mean(), rtol=1e-4, atol=0)
     # The last term trains both networks: no detach.
     pair.backward()
@@ -66,7 +67,9 @@ def test_hard_loss_takes_1205_values() -> None:
     assert n - -(-999 * (n - 1) // 1000) == 1205  # as computed in the published analysis of the quantile
 
 
-def test_teacher_statistics_are_the_two_pass_ones_and_targets_normalised(images: np.ndarray, random_teacher: Path) -> None:
+def test_teacher_statistics_are_the_two_pass_ones_and_targets_normalised(
+    images: np.ndarray, random_teacher: Path
+) -> None:
     model = build_model(load_teacher(random_teacher)[0], seed=0)
     targets = TeacherTargets(model, images, CPU, cache_mib=3)  # room for one image only
     with torch.inference_mode():
@@ -92,12 +95,15 @@ def test_jitter_follows_the_three_formulas() -> None:
         kind, f = rng.integers(3), rng.uniform(0.8, 1.2)
         base = (np.zeros_like(x), np.full_like(x, grey.mean()), np.repeat(grey[..., None], 3, 2))[kind]
         expected = np.clip(f * x + (1 - f) * base, 0, 255)
-        np.testing.assert_allclose(jitter(image, np.random.default_rng(seed)), expected, rtol=1e-4, atol=1e-2)
+        found = jitter(image, np.random.default_rng(seed))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-2)
         seen.add(int(kind))
     assert seen == {0, 1, 2}
 
 
-def test_penalty_images_are_seeded_and_never_silently_absent(tmp_path: Path, natural_images: Path) -> None:
+def test_penalty_images_are_seeded_and_never_silently_absent(
+    tmp_path: Path, natural_images: Path
+) -> None:
     a, b = PenaltyImages(natural_images, seed=1), PenaltyImages(natural_images, seed=1)
     b(7)
     assert np.array_equal(a(3), b(3)) and a(3).shape == (256, 256, 3) and a(3).dtype == np.uint8
@@ -180,10 +186,14 @@ train(open_dataset(data, seed=config.seed), run, config, teacher=teacher, penalt
 def test_kill_9_loses_no_more_than_the_steps_since_the_checkpoint(
     tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
 ) -> None:
-    """Killed over and over until it is through: every start goes on where a checkpoint was, and the result is the same."""
+    """Killed over and over until it is through.
+
+    Every start goes on where a checkpoint was, and the result is the same.
+    """
     _train(tmp_path / "whole", demo_images, natural_images, random_teacher)
     run = tmp_path / "killed"
-    command = [sys.executable, "-c", SCRIPT, *map(str, (demo_images, natural_images, random_teacher, run))]
+    arguments = map(str, (demo_images, natural_images, random_teacher, run))
+    command = [sys.executable, "-c", SCRIPT, *arguments]
     first_steps = []
     for kill_after in (2, 1, None):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,7 @@
-"""From data set to run folder: what is written, what is refused, and the penalty images that are never left out."""
+"""From data set to run folder: what is written, what is refused.
+
+And the penalty images, which are never left out.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,16 @@ def test_run_folder_holds_what_it_says(trained_run: Path, demo_images: Path) -> 
     assert record["training"]["steps"] == 3 and record["penalty"]["images"] == 6
     assert record["made"]["versions"]["edgead"] == "0.1.0"
     assert "takes at least 299" in record["threshold"]["claim"]
-    assert {path.name for path in trained_run.iterdir()} == {"run.json", "detector.safetensors", "losses.csv"}
+    names = {path.name for path in trained_run.iterdir()}
+    assert names == {"run.json", "detector.safetensors", "losses.csv"}
 
 
 def test_threshold_and_scale_come_from_the_validation_images(trained_run: Path) -> None:
     """Recomputed here from the saved weights: quantiles 0.9 and 0.995 of the raw maps, score = maximum."""
     run = read_run(trained_run)
     root = Path(run.record["data"]["root"])
-    images = np.stack([resize(read_image(root / path), 256, 256) for path in run.record["data"]["validation"]])
+    paths = run.record["data"]["validation"]
+    images = np.stack([resize(read_image(root / path), 256, 256) for path in paths])
     import torch
 
     local, logical = raw_maps(run.model, images, torch.device("cpu"))
@@ -51,7 +56,10 @@ def test_threshold_and_scale_come_from_the_validation_images(trained_run: Path) 
 
 
 def test_without_penalty_images_others_are_rendered_and_said_loudly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, natural_images: Path
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    natural_images: Path,
 ) -> None:
     monkeypatch.delenv("EDGEAD_PENALTY_IMAGES", raising=False)
     monkeypatch.setattr("edgead.training.train.DISTRACTORS", 3)
@@ -68,8 +76,9 @@ def test_without_penalty_images_others_are_rendered_and_said_loudly(
 def test_teacher_of_the_wrong_size(tmp_path: Path, demo_images: Path, natural_images: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_safetensors(path, PDN("m").state_dict(), {})
+    dataset, config = open_dataset(demo_images), TrainConfig(steps=1)
     with pytest.raises(TrainingError, match="is a PDN-M teacher.*--method efficientad-m"):
-        train(open_dataset(demo_images), tmp_path / "run", TrainConfig(steps=1), teacher=path, penalty=natural_images)
+        train(dataset, tmp_path / "run", config, teacher=path, penalty=natural_images)
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"minutes": 0.0}, {"minutes": -1.0}])
@@ -78,7 +87,9 @@ def test_nothing_to_do_is_an_error(options: dict[str, float]) -> None:
         TrainConfig(**options)  # type: ignore[arg-type]
 
 
-def test_minutes_end_the_training(tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path) -> None:
+def test_minutes_end_the_training(
+    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+) -> None:
     fractions: list[float] = []
     config = TrainConfig(minutes=0.02)
     record = train(
