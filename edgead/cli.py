@@ -23,6 +23,8 @@ _EXTRA = {  # module that is missing -> extra that brings it
     "matplotlib": "report",
 }
 
+_Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
@@ -74,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is chosen and why")
         return sub
 
+    _add_training_commands(command)
+    _add_bundle_commands(command)
+    _add_inspection_commands(command)
+    return parser
+
+
+def _add_training_commands(command: _Command) -> None:
     sub = command(
         "demo",
         commands.demo,
@@ -121,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int)
     _add_training(sub)
 
+
+def _add_bundle_commands(command: _Command) -> None:
     sub = command(
         "export",
         commands.export,
@@ -145,6 +156,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bundle(sub, backend=False)
     sub.add_argument("value", type=float, metavar="VALUE", help="scores at or above it are NG")
 
+
+def _add_inspection_commands(command: _Command) -> None:
     sub = command("predict", commands.predict, "Inspect images; one line each.")
     _add_bundle(sub)
     sub.add_argument(
@@ -160,7 +173,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("data", type=Path, metavar="DATA")
     sub.add_argument("--json", type=Path, metavar="FILE")
     sub.add_argument("--html", type=Path, metavar="FILE")
-    return parser
 
 
 def _add_training(sub: argparse.ArgumentParser) -> None:

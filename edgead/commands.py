@@ -221,7 +221,8 @@ def verify(arguments: argparse.Namespace) -> int:
         f"{backend.name} ({backend.precision}): {result.images} golden samples, largest deviation"
         f" of a score {result.score_deviation:.3g}"
         f" ({result.relative_score_deviation:.1e} of their spread), of a map"
-        f" {result.map_deviation:.3g}; nearest score to the threshold {result.margin:.3g} away"
+        f" {result.map_deviation:.3g}, allowed {result.tolerance:.3g};"
+        f" nearest score to the threshold {result.margin:.3g} away"
     )
     for flip in result.flips:
         print(

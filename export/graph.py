@@ -1,10 +1,10 @@
 """The merged inference graph: camera bytes in, score and anomaly map out.
 
-Everything that can be folded exactly is folded (arXiv 2303.14535 defines the networks; the algebra is in
-the comments): input normalisation into the first convolutions, the teacher's channel statistics into its
-last convolution, and teacher-minus-student into one convolution over both networks' features, so that the
-difference forms in the accumulator instead of between two rounded tensors. Teacher and student run as the
-two groups of shared convolutions.
+Everything that can be folded exactly is folded (arXiv 2303.14535 defines the networks; the algebra is
+in the comments): input normalisation into the first convolutions, the teacher's channel statistics into
+its last convolution, and teacher-minus-student into one convolution over both networks' features, so
+that the difference forms in the accumulator instead of between two rounded tensors. Teacher and student
+run as the two groups of shared convolutions.
 """
 
 from __future__ import annotations

@@ -73,14 +73,7 @@ def export_run(
     finished = read_run(run)
     record = finished.record
     root = Path(record["data"]["root"])
-    images = [root / path for path in (*record["data"]["validation"], *record["data"]["test"])]
-    missing = [path for path in images if not path.is_file()]
-    if missing:
-        raise ExportError(
-            f"{len(missing)} of the run's {len(images)} images are gone, the first is {missing[0]}:"
-            " the parity gate needs them"
-        )
-
+    images = _images(record, root)
     graph = MergedGraph(finished.model, dtype=DTYPES[precision], frame=frame)
     content = to_onnx(graph)
     parity, golden = compare(
@@ -97,6 +90,18 @@ def export_run(
     manifest = _manifest(finished, parity, precision, frame, name or record["data"]["name"])
     write_bundle(Path(out), manifest, content, golden)
     return parity
+
+
+def _images(record: dict[str, Any], root: Path) -> list[Path]:
+    """The validation and test images of a run, for the parity gate."""
+    images = [root / path for path in (*record["data"]["validation"], *record["data"]["test"])]
+    missing = [path for path in images if not path.is_file()]
+    if missing:
+        raise ExportError(
+            f"{len(missing)} of the run's {len(images)} images are gone, the first is {missing[0]}:"
+            " the parity gate needs them"
+        )
+    return images
 
 
 def _manifest(

@@ -103,8 +103,8 @@ def compare(
         root: Folder that image names are given relative to.
 
     Returns:
-        The figures, and golden samples chosen from the images: the lowest and the highest score and those
-        next to the threshold on either side, as far as they lie more than the margin away from it.
+        The figures, and golden samples chosen from the images: the lowest and the highest score and
+        those next to the threshold on either side, as far as they lie more than the margin away from it.
 
     Raises:
         ExportError: there are no images, or the gate fails; the message lists how.
@@ -116,18 +116,10 @@ def compare(
         )
     taken = np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).round().astype(int)
     chosen = [images[i] for i in taken]
-    session = onnxruntime.InferenceSession(onnx_content, providers=["CPUExecutionProvider"])
-    height, width = frame or (IMAGE_PX, IMAGE_PX)
-    reference, exported = np.empty(len(chosen)), np.empty(len(chosen))
-    map_deviations = np.empty(len(chosen))
-    for index, path in enumerate(chosen):
-        fitted = resize(read_image(path), height, width)
-        reference[index], cells = _reference(model, resize(fitted, IMAGE_PX, IMAGE_PX), calibration)
-        score, exported_cells = session.run(None, {"image": fitted[None], "calibration": calibration})
-        exported[index] = score[0]
-        map_deviations[index] = np.abs(exported_cells[0] - cells).max()
-        if progress:
-            progress(index + 1, len(chosen))
+    size = frame or (IMAGE_PX, IMAGE_PX)
+    reference, exported, map_deviations = _run_both(
+        model, onnx_content, chosen, size=size, calibration=calibration, progress=progress
+    )
     # Maps as well as scores: ONNX Runtime's maximum passes over NaN, and such a map would score as a
     # good one.
     if not np.isfinite([reference, exported, map_deviations]).all():
@@ -135,20 +127,64 @@ def compare(
             f"{precision} export: NaN or infinite scores or maps;"
             " the training diverged, or FP16 overflows: export with --precision fp32"
         )
-    spread = float(np.ptp(reference)) or max(1.0, abs(float(reference[0])))
     names = [
         path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
         for path in chosen
     ]
+    parity = _parity(names, reference, exported, map_deviations, precision, threshold)
+    if parity.failures:
+        more = f"; and {len(parity.failures) - 5} more" if len(parity.failures) > 5 else ""
+        raise ExportError(
+            f"{precision} export fails the parity gate on {len(chosen)} images:"
+            f" {'; '.join(parity.failures[:5])}{more}"
+        )
+    margin = max(parity.margin, TOLERANCE["fp16"] * parity.score_spread)
+    picked = choose_golden(reference, threshold, margin, bytes_per_image=size[0] * size[1] * 3)
+    return parity, _golden(model, [chosen[i] for i in picked], size, calibration)
+
+
+def _run_both(
+    model: EfficientAD,
+    onnx_content: bytes,
+    paths: list[Path],
+    *,
+    size: tuple[int, int],
+    calibration: np.ndarray,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reference score, exported score and largest deviation of a map value, float64 [N] each."""
+    session = onnxruntime.InferenceSession(onnx_content, providers=["CPUExecutionProvider"])
+    reference, exported = np.empty(len(paths)), np.empty(len(paths))
+    map_deviations = np.empty(len(paths))
+    for index, path in enumerate(paths):
+        fitted = resize(read_image(path), *size)
+        reference[index], cells = _reference(model, resize(fitted, IMAGE_PX, IMAGE_PX), calibration)
+        score, exported_cells = session.run(None, {"image": fitted[None], "calibration": calibration})
+        exported[index] = score[0]
+        map_deviations[index] = np.abs(exported_cells[0] - cells).max()
+        if progress:
+            progress(index + 1, len(paths))
+    return reference, exported, map_deviations
+
+
+def _parity(
+    names: list[str],
+    reference: np.ndarray,
+    exported: np.ndarray,
+    map_deviations: np.ndarray,
+    precision: str,
+    threshold: float,
+) -> Parity:
+    spread = float(np.ptp(reference)) or max(1.0, abs(float(reference[0])))
     flips = tuple(
         Flip(names[i], float(reference[i]), float(exported[i]))
         for i in np.flatnonzero((reference >= threshold) != (exported >= threshold))
     )
     tolerance = TOLERANCE[precision]
     deviation = float(np.abs(exported - reference).max()) / spread
-    parity = Parity(
+    return Parity(
         precision,
-        len(chosen),
+        len(names),
         spread,
         deviation,
         float(map_deviations.max()) / spread,
@@ -156,18 +192,6 @@ def compare(
         tolerance * spread,
         flips,
     )
-    if parity.failures:
-        more = f"; and {len(parity.failures) - 5} more" if len(parity.failures) > 5 else ""
-        raise ExportError(
-            f"{precision} export fails the parity gate on {len(chosen)} images:"
-            f" {'; '.join(parity.failures[:5])}{more}"
-        )
-    margin = max(parity.margin, TOLERANCE["fp16"] * spread)
-    picked = [
-        chosen[i]
-        for i in choose_golden(reference, threshold, margin, bytes_per_image=height * width * 3)
-    ]
-    return parity, _golden(model, picked, (height, width), calibration)
 
 
 def choose_golden(

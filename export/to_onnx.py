@@ -18,6 +18,9 @@ from edgead.models.efficientad import IMAGE_PX
 
 OPSET = 18
 MAX_BATCH = 64
+MAP_CELLS = 64
+INPUTS = ["image", "calibration"]
+OUTPUTS = ["score", "anomaly_map"]
 
 
 def to_onnx(graph: MergedGraph) -> bytes:
@@ -29,28 +32,52 @@ def to_onnx(graph: MergedGraph) -> bytes:
     """
     height, width = graph.frame or (IMAGE_PX, IMAGE_PX)
     example = (torch.zeros(2, height, width, 3, dtype=torch.uint8), torch.zeros(3))
-    shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}, None)
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     with _quiet():
-        program = torch.onnx.export(
-            graph,
-            example,
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            external_data=False,
-            input_names=["image", "calibration"],
-            output_names=["score", "anomaly_map"],
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    # the exporter calls the batch s0 or batch; one name for all
+        model = _export(graph, example) if version >= (2, 5) else _export_torch_2_4(graph, example)
+    # The exporters call the batch s0 or batch, and lose sizes: one name and the known sizes for all.
     for value in [*model.graph.input, *model.graph.output]:
-        dimension = value.type.tensor_type.shape.dim[0]
-        if dimension.dim_param:
-            dimension.dim_param = "batch"
+        sizes = value.type.tensor_type.shape.dim
+        if sizes[0].dim_param:
+            sizes[0].dim_param = "batch"
+        for size in sizes[1:]:
+            if size.dim_param:
+                size.dim_value = MAP_CELLS
     check(model)
     return model.SerializeToString()
+
+
+def _export(graph: MergedGraph, example: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        graph,
+        example,
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}, None),
+        external_data=False,
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def _export_torch_2_4(graph: MergedGraph, example: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+    """The older exporter: torch 2.4 has the newer one only behind another interface."""
+    buffer = io.BytesIO()
+    batch = {0: "batch"}
+    torch.onnx.export(
+        graph,
+        example,
+        buffer,
+        dynamo=False,
+        opset_version=OPSET,
+        dynamic_axes={INPUTS[0]: batch, OUTPUTS[0]: batch, OUTPUTS[1]: batch},
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+    )
+    return onnx.load_from_string(buffer.getvalue())
 
 
 def check(model: onnx.ModelProto) -> None:

@@ -101,8 +101,8 @@ def choose_threshold(
 ) -> Threshold:
     """Threshold for a target false-reject rate from the scores of good validation images.
 
-    With at least 1 / false_reject images it is the matching order statistic: as many of them lie above as
-    the rate allows. With fewer, that quantile lies beyond the data; the score is a maximum over many
+    With at least 1 / false_reject images it is the matching order statistic: as many of them lie above
+    as the rate allows. With fewer, that quantile lies beyond the data; the score is a maximum over many
     pixels, so a Gumbel distribution (the limit law of maxima) is fitted by its moments and extrapolated,
     and never below the largest score seen.
 

@@ -22,8 +22,8 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
-            "--device cuda: this torch sees no CUDA GPU. Check `nvidia-smi` and that torch is a CUDA build,"
-            " or use --device cpu"
+            "--device cuda: this torch sees no CUDA GPU. Check `nvidia-smi` and that torch is a CUDA"
+            " build, or use --device cpu"
         )
     return device
 
@@ -56,8 +56,8 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 def keep_memory() -> None:
     """Let the C library keep freed tensors instead of returning them to the system.
 
-    A training step on a CPU allocates and frees gigabytes of short-lived tensors; faulting their pages in
-    again took a fifth of the step. Only glibc has the call; elsewhere nothing happens.
+    A training step on a CPU allocates and frees gigabytes of short-lived tensors; faulting their pages
+    in again took a fifth of the step. Only glibc has the call; elsewhere nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -75,10 +75,13 @@ def pooling_matrix(n: int, m: int) -> Tensor:
 
 
 def aggregation_kernel(channels: int, level: int) -> Tensor:
-    """3x3 kernels [192, channels, 3, 3]: PatchCore's aggregation of one of two levels as one convolution.
+    """3x3 kernels that do PatchCore's aggregation of one of two levels in one convolution.
 
     Output channels 0..191 of the 384 come from level 0 alone and 192..383 from level 1 alone, because
     pooling the 2 x 1024 joined values to 384 never mixes the two halves.
+
+    Returns:
+        float32 [192, channels, 3, 3].
     """
     half = FEATURES // 2
     rows = slice(half * level, half * (level + 1))
@@ -171,7 +174,11 @@ def _augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _inputs(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs of backbone (RGB 0..255, 512 px) and PDN (ImageNet-normalised, 256 px) of the same crops."""
+    """Both networks' inputs from the same crops.
+
+    Returns:
+        Backbone input (RGB 0..255, 512 px) and PDN input (ImageNet-normalised, 256 px).
+    """
     x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
     x = x.float().contiguous(memory_format=torch.channels_last)
     # halving by means is the antialiased resize up to a quarter pixel of blur

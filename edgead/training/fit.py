@@ -4,8 +4,8 @@ Source: Batzner et al., "EfficientAD", arXiv 2303.14535, algorithm 1, in the for
 reproduction of its figures. One step sees one training image, a colour-jittered copy of it for the
 autoencoder, and one natural image for the penalty.
 
-Every random choice is a function of (seed, step) alone, so a resumed run goes on with exactly the choices
-that an uninterrupted one would have made.
+Every random choice is a function of (seed, step) alone, so a resumed run goes on with exactly the
+choices that an uninterrupted one would have made.
 """
 
 from __future__ import annotations

@@ -122,6 +122,19 @@ def test_onnx_runtime_reproduces_torch_for_every_batch(
     np.testing.assert_allclose(score, expected_score.numpy(), atol=1e-4)
 
 
+def test_the_older_exporter_gives_the_same_numbers(
+    small: EfficientAD, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch 2.4 has; used here with the installed torch."""
+    monkeypatch.setattr(torch, "__version__", "2.4.1")
+    content = to_onnx(MergedGraph(small))
+    monkeypatch.undo()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    assert [output.shape for output in session.get_outputs()] == [["batch"], ["batch", 64, 64]]
+    _, maps = session.run(None, {"image": images.numpy(), "calibration": CALIBRATION.numpy()})
+    np.testing.assert_allclose(maps, reference(small, images)[1].numpy(), atol=1e-4)
+
+
 def test_calibration_is_an_input_that_acts(content: bytes, images: torch.Tensor) -> None:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     feed = {"image": images[:1].numpy()}

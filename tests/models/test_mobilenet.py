@@ -59,8 +59,8 @@ def test_same_padding_puts_the_odd_pixel_at_the_end(side: int, stride: int) -> N
 def test_top_1_on_real_images(shared: Path) -> None:
     """Sorted by name, an image's position is its class.
 
-    All 1,000: 889 right (measured once, with Pillow's resize). A wrong padding or channel order costs far
-    more than the tolerance.
+    All 1,000: 889 right (measured once, with Pillow's resize). A wrong padding or channel order costs
+    far more than the tolerance.
     """
     network, info = load_mobilenet(shared / "weights" / "mobilenet_v2_imagenet.safetensors")
     assert info.sha256 == "3a46bafdf2676eb45efe2554807dea26c5e0e095483fc8cfb917b31c290a7be1"

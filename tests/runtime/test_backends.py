@@ -261,7 +261,7 @@ def test_auto_avoids_openvino_where_a_verdict_differs(
     bundle = Bundle.open(tiny.write(tmp_path / "wrong.edgead", golden=wrong))
     with caplog.at_level(logging.INFO, "edgead.runtime"):
         assert open_backend(bundle, threads=1).name == "onnxruntime"
-    assert "decides otherwise on 1 of 4 golden samples" in caplog.text
+    assert "1 of 4 verdicts differ" in caplog.text
     assert open_backend(bundle, "openvino", threads=1).name == "openvino"  # asked for by name: that one
 
 
@@ -349,6 +349,16 @@ def test_replay_of_numbers_that_are_not_finite_is_never_ok(
     result = replay(Constant(score, value), Bundle.open(tiny_bundle))  # type: ignore[arg-type]
     assert not result.ok
     assert np.inf in (result.score_deviation, result.map_deviation)
+
+
+def test_wrong_maps_are_a_fault_even_with_the_right_verdicts(tiny: Any, tmp_path: Path) -> None:
+    """A map off by a tenth of the scale of the scores; rounding in bf16 makes less than a hundredth."""
+    golden = tiny.golden
+    off = 0.1 * max(float(np.ptp(golden.scores)), tiny.manifest.threshold.value)
+    path = tiny.write(tmp_path / "x.edgead", golden=Golden(golden.images, golden.scores, golden.maps + off))
+    bundle = Bundle.open(path)
+    result = replay(open_backend(bundle, "onnxruntime"), bundle)
+    assert not result.flips and not result.ok
 
 
 def test_replay_without_spread_or_deviation(tiny: Any, tmp_path: Path) -> None:

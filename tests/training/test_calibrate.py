@@ -65,14 +65,20 @@ def test_order_statistic_with_enough_images() -> None:
 
 @pytest.mark.parametrize("values", [[0.2, 0.21, 0.5], [1.0] * 300, [1.0] * 290 + [2.0] * 10, [3.0]])
 def test_threshold_keeps_clear_of_every_sample(values: list[float]) -> None:
-    """A verdict must not hang on the last digit of a sum, which differs between torch and an exported graph."""
+    """A verdict must not hang on the last digit of a sum.
+
+    That digit differs between torch and an exported graph.
+    """
     scores = np.array(values)
     threshold = choose_threshold(scores, false_reject=0.05).value
     assert np.abs(scores - threshold).min() > 1e-3 * scores.mean()
 
 
 def test_extrapolation_hits_the_rate_on_average_for_gumbel_scores() -> None:
-    """Maxima follow a Gumbel law: over 300 calibrations with 21 images the rate is near the 1 % asked for."""
+    """Maxima follow a Gumbel law.
+
+    Over 300 calibrations with 21 images the true rate is near the 1 % asked for.
+    """
     rng = np.random.default_rng(1)
     values = [choose_threshold(rng.gumbel(3, 0.5, 21)).value for _ in range(300)]
     rates = [-math.expm1(-math.exp(-(value - 3) / 0.5)) for value in values]

@@ -37,7 +37,7 @@ def test_run_folder_holds_what_it_says(trained_run: Path, demo_images: Path) -> 
 
 
 def test_threshold_and_scale_come_from_the_validation_images(trained_run: Path) -> None:
-    """Recomputed here from the saved weights: quantiles 0.9 and 0.995 of the raw maps, score = maximum."""
+    """Recomputed here from the saved weights: quantiles 0.9 and 0.995 of raw maps, score = maximum."""
     run = read_run(trained_run)
     root = Path(run.record["data"]["root"])
     paths = run.record["data"]["validation"]
@@ -93,7 +93,8 @@ def test_minutes_end_the_training(
     fractions: list[float] = []
     config = TrainConfig(minutes=0.02)
     record = train(
-        open_dataset(demo_images), tmp_path / "run", config, teacher=random_teacher, penalty=natural_images,
+        open_dataset(demo_images), tmp_path / "run", config,
+        teacher=random_teacher, penalty=natural_images,
         progress=lambda fraction, step, losses: fractions.append(fraction),
     )  # fmt: skip
     assert record["training"]["steps"] == len(fractions) >= 1
