@@ -182,7 +182,7 @@ def rewrite_manifest(tiny_bundle: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def demo_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small rendered data set in the MVTec layout: 6 good training, 2 good and 7 defective test images."""
+    """A small rendered data set, MVTec layout: 6 good training, 2 good and 7 defective test images."""
     from edgead.training.demo_data import render_demo
 
     root = tmp_path_factory.mktemp("images") / "tray"
@@ -220,16 +220,20 @@ def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(
-    demo_images: Path, natural_images: Path, random_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+    demo_images: Path,
+    natural_images: Path,
+    random_teacher: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A finished EfficientAD-S run of 3 steps: real in every part, but hardly trained. Do not change it."""
+    """A finished EfficientAD-S run of 3 steps: real in all parts, hardly trained. Leave it as it is."""
     from edgead.training.data import open_dataset
     from edgead.training.fit import TrainConfig
     from edgead.training.train import train
 
     run = tmp_path_factory.mktemp("run") / "tray"
     config = TrainConfig(steps=3)
-    train(open_dataset(demo_images, seed=config.seed), run, config, teacher=random_teacher, penalty=natural_images)
+    dataset = open_dataset(demo_images, seed=config.seed)
+    train(dataset, run, config, teacher=random_teacher, penalty=natural_images)
     return run
 
 

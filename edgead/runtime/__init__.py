@@ -44,8 +44,8 @@ class Replay:
         margin: Smallest distance of a golden score from the threshold: deviations below it cannot flip a
             verdict.
         flips: Samples with another verdict at the threshold of the manifest.
-        tolerance: Deviations above it are a fault and no rounding: 5 % of the spread of the golden scores
-            or of the threshold, whichever is larger.
+        tolerance: Deviations above it are a fault and no rounding: 5 % of the spread of the golden
+            scores or of the threshold, whichever is larger.
     """
 
     images: int
@@ -157,7 +157,8 @@ def _try_openvino(bundle: Bundle, threads: int | None) -> tuple[Backend | None, 
         )
     opened.close()
     return None, (
-        f"OpenVINO ({opened.precision}) does not reproduce the golden samples: {len(result.flips)} of "
-        f"{result.images} verdicts differ, scores by up to {result.score_deviation:.3g} and maps by up to "
-        f"{result.map_deviation:.3g}, allowed is {result.tolerance:.3g}"
+        f"OpenVINO ({opened.precision}) does not reproduce the golden samples:"
+        f" {len(result.flips)} of {result.images} verdicts differ, scores by up to"
+        f" {result.score_deviation:.3g} and maps by up to {result.map_deviation:.3g},"
+        f" allowed is {result.tolerance:.3g}"
     )

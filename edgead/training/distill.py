@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -219,6 +220,46 @@ def _held_out_loss(
     return float(np.mean(losses))
 
 
+@dataclass(frozen=True)
+class _Session:
+    """The networks of one distillation and the optimizer, which a checkpoint holds."""
+
+    config: DistillConfig
+    device: torch.device
+    targets: Targets
+    teacher: PDN
+    optimizer: torch.optim.Optimizer
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "mean": self.targets.mean,
+            "std": self.targets.std,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.targets.mean.copy_(state["mean"])
+        self.targets.std.copy_(state["std"])
+
+    def step(self, step: int, images: Tensor) -> float:
+        """One training step on crops uint8 [N, 512, 512, 3]; returns its loss."""
+        warmup = min(1.0, (step + 1) / 100)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * warmup * cosine
+        big, small = _inputs(images, self.device)
+        with torch.no_grad():
+            target = self.targets(big)
+        with autocast(self.device):
+            loss = F.mse_loss(self.teacher(small).float(), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.item())
+
+
 def distill(
     images: Path,
     backbone: Path,
@@ -255,44 +296,54 @@ def distill(
     held_out = Crops([paths[i] for i in sorted(order[:held])], seed=config.seed + 1)
     crops = Crops([paths[i] for i in sorted(order[held:])], seed=config.seed)
 
-    targets = Targets(Path(backbone), compute_dtype(chosen)).to(chosen).eval().requires_grad_(False)
+    session = _open_session(Path(backbone), config, chosen)
+    targets, teacher = session.targets, session.teacher
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    settings = {**asdict(config), "images": len(paths), "backbone": targets.info.sha256}
+    loss, seconds = _fit(session, crops, checkpoint, settings, resume=resume, progress=progress)
+    held_out_loss = _held_out_loss(teacher.eval(), targets, held_out, config, chosen)
+    result = DistillResult(config.steps, len(paths), loss, held_out_loss, round(seconds, 1))
+    _save_teacher(out, session, result)
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _open_session(backbone: Path, config: DistillConfig, device: torch.device) -> _Session:
+    targets = Targets(backbone, compute_dtype(device)).to(device).eval().requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         teacher = PDN(config.size, padding=True)
-    teacher = teacher.to(chosen, memory_format=torch.channels_last)
+    teacher = teacher.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         teacher.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
+    return _Session(config, device, targets, teacher, optimizer)
 
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    settings = {**asdict(config), "images": len(paths), "backbone": targets.info.sha256}
+
+def _fit(
+    session: _Session,
+    crops: Crops,
+    checkpoint: Path,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+    progress: Callable[[int, int, float], None] | None,
+) -> tuple[float, float]:
+    """Take all steps, or those that the checkpoint has not; mean of the last 100 losses, and seconds."""
+    config = session.config
     first, spent = 0, 0.0
     if resume and checkpoint.exists():
         state = load_checkpoint(checkpoint, settings=settings)
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        targets.mean.copy_(state["mean"])
-        targets.std.copy_(state["std"])
+        session.restore(state)
         first, spent = state["step"], state["seconds"]
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _measure_channels(targets, crops, config, chosen)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        _measure_channels(session.targets, crops, config, session.device)
 
     start = saved = time.monotonic()
     recent: list[float] = []
-    for step, batch in enumerate(crops.batches(first, config.steps, config.batch), start=first):
-        warmup = min(1.0, (step + 1) / 100)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * warmup * cosine
-        big, small = _inputs(batch, chosen)
-        with torch.no_grad():
-            target = targets(big)
-        with autocast(chosen):
-            loss = F.mse_loss(teacher(small).float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        recent = [*recent[-99:], loss.item()]
+    for step, images in enumerate(crops.batches(first, config.steps, config.batch), start=first):
+        recent = [*recent[-99:], session.step(step, images)]
         if not np.isfinite(recent[-1]):
             raise TrainingError(
                 f"the distillation loss became {recent[-1]} at step {step}; use a lower --learning-rate"
@@ -301,39 +352,25 @@ def distill(
             progress(step + 1, config.steps, float(np.mean(recent)))
         if time.monotonic() - saved >= config.checkpoint_s:
             saved = time.monotonic()
-            state = {
-                "teacher": teacher.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "mean": targets.mean,
-                "std": targets.std,
-            }
-            save_checkpoint(
-                checkpoint,
-                {**state, "step": step + 1, "seconds": spent + saved - start, "settings": settings},
-            )
+            done = {"step": step + 1, "seconds": spent + saved - start, "settings": settings}
+            save_checkpoint(checkpoint, session.state() | done)
+    return float(np.mean(recent)), spent + time.monotonic() - start
 
-    seconds = spent + time.monotonic() - start
-    held_out_loss = _held_out_loss(teacher.eval(), targets, held_out, config, chosen)
-    result = DistillResult(
-        config.steps, len(paths), float(np.mean(recent)), held_out_loss, round(seconds, 1)
-    )
-    source = {
-        "backbone": targets.info.name,
-        "backbone_sha256": targets.info.sha256,
-        "taps": ", ".join(TAPS),
-    }
+
+def _save_teacher(out: Path, session: _Session, result: DistillResult) -> None:
+    """Write the teacher in FP16; settings and results become the file's metadata."""
     metadata = {
-        **asdict(config),
+        **asdict(session.config),
         **asdict(result),
-        **source,
+        "backbone": session.targets.info.name,
+        "backbone_sha256": session.targets.info.sha256,
+        "taps": ", ".join(TAPS),
         "input": "RGB 0..1, ImageNet mean and std",
         "torch": torch.__version__,
     }
-    half = {key: value.half() for key, value in teacher.state_dict().items()}
+    half = {key: value.half() for key, value in session.teacher.state_dict().items()}
     save_safetensors(
         out,
         half,
         {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
     )
-    checkpoint.unlink(missing_ok=True)
-    return result

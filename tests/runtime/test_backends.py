@@ -355,7 +355,8 @@ def test_wrong_maps_are_a_fault_even_with_the_right_verdicts(tiny: Any, tmp_path
     """A map off by a tenth of the scale of the scores; rounding in bf16 makes less than a hundredth."""
     golden = tiny.golden
     off = 0.1 * max(float(np.ptp(golden.scores)), tiny.manifest.threshold.value)
-    path = tiny.write(tmp_path / "x.edgead", golden=Golden(golden.images, golden.scores, golden.maps + off))
+    wrong = Golden(golden.images, golden.scores, golden.maps + off)
+    path = tiny.write(tmp_path / "x.edgead", golden=wrong)
     bundle = Bundle.open(path)
     result = replay(open_backend(bundle, "onnxruntime"), bundle)
     assert not result.flips and not result.ok
