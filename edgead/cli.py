@@ -125,6 +125,9 @@ def _add_training_commands(command: _Command) -> None:
     sub.add_argument("--steps", type=int, help="training steps (default: 70000, as published)")
     sub.add_argument("--minutes", type=float, help="train for this long instead")
     sub.add_argument(
+        "--learning-rate", type=float, help="default: 0.0001, as published; short runs want more"
+    )
+    sub.add_argument(
         "--false-reject", type=float, help="target share of good parts rejected (default: 0.01)"
     )
     sub.add_argument("--seed", type=int)

@@ -74,9 +74,8 @@ def train(arguments: argparse.Namespace) -> None:
     from edgead.training.data import open_dataset
     from edgead.training.fit import TrainConfig
 
-    config = TrainConfig(
-        size=arguments.method[-1], **_given(arguments, "steps", "minutes", "false_reject", "seed")
-    )
+    given = _given(arguments, "steps", "minutes", "learning_rate", "false_reject", "seed")
+    config = TrainConfig(size=arguments.method[-1], **given)
     dataset = open_dataset(arguments.data, seed=config.seed)
     record = train_with_bar(dataset, arguments.out, config, arguments)
     training, threshold = record["training"], record["threshold"]

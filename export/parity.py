@@ -120,13 +120,6 @@ def compare(
     reference, exported, map_deviations = _run_both(
         model, onnx_content, chosen, size=size, calibration=calibration, progress=progress
     )
-    # Maps as well as scores: ONNX Runtime's maximum passes over NaN, and such a map would score as a
-    # good one.
-    if not np.isfinite([reference, exported, map_deviations]).all():
-        raise ExportError(
-            f"{precision} export: NaN or infinite scores or maps;"
-            " the training diverged, or FP16 overflows: export with --precision fp32"
-        )
     names = [
         path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
         for path in chosen
@@ -175,6 +168,13 @@ def _parity(
     precision: str,
     threshold: float,
 ) -> Parity:
+    # Maps as well as scores: ONNX Runtime's maximum passes over NaN, and such a map would score as a
+    # good one.
+    if not np.isfinite([reference, exported, map_deviations]).all():
+        raise ExportError(
+            f"{precision} export: NaN or infinite scores or maps;"
+            " the training diverged, or FP16 overflows: export with --precision fp32"
+        )
     spread = float(np.ptp(reference)) or max(1.0, abs(float(reference[0])))
     flips = tuple(
         Flip(names[i], float(reference[i]), float(exported[i]))

@@ -96,14 +96,7 @@ def to_input(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of brightness, contrast and saturation changed by a factor of 0.8 .. 1.2.
-
-    Args:
-        image: uint8 HWC.
-
-    Returns:
-        float32 HWC, 0..255.
-    """
+    """One of brightness, contrast, saturation times 0.8 .. 1.2: uint8 HWC -> float32 HWC 0..255."""
     x, kind, factor = image.astype(np.float32), rng.integers(3), np.float32(rng.uniform(0.8, 1.2))
     if kind == 0:
         y = factor * x
@@ -148,10 +141,7 @@ class PenaltyImages:
 
 
 class TeacherTargets:
-    """Normalised teacher outputs of the training images.
-
-    They are computed once and kept in FP16 as far as the cache reaches.
-    """
+    """Teacher outputs of the training images, normalised; in FP16 as far as the cache reaches."""
 
     def __init__(
         self, model: EfficientAD, images: np.ndarray, device: torch.device, cache_mib: int
@@ -254,67 +244,92 @@ def fit(
     keep_memory()
     model.to(device, memory_format=torch.channels_last)
     targets = TeacherTargets(model, images, device, config.teacher_cache_mib)
-    parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
-    optimizer = torch.optim.Adam(
-        parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    step, spent, table = 0, 0.0, io.StringIO()
-    checkpoint = run / CHECKPOINT_FILE
-    if resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint, settings=settings)
-        model.student.load_state_dict(state["student"])
-        model.autoencoder.load_state_dict(state["autoencoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["seconds"]
-        table.write(state["losses"])
-    else:
-        table.write("step,seconds,hard,penalty,autoencoder,student_autoencoder\n")
-    rows = csv.writer(table, lineterminator="\n")
-
-    def save() -> None:
-        state = {"student": model.student.state_dict(), "autoencoder": model.autoencoder.state_dict()}
-        state |= {
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "seconds": spent + time.monotonic() - start,
-        }
-        save_checkpoint(checkpoint, {**state, "losses": table.getvalue(), "settings": settings})
-        write_text(run / LOSSES_FILE, table.getvalue())
-
-    def fraction_done() -> float:
-        if config.minutes is not None:
-            return (spent + time.monotonic() - start) / (60 * config.minutes)
-        return step / config.steps
-
+    session = _Session(model, run, config, settings)
+    if resume and session.checkpoint.exists():
+        session.restore()
     model.train()
-    start = saved = time.monotonic()
-    for index, batch in _batches(images, penalty, config.seed, step):
-        if (done := fraction_done()) >= 1:
+    session.start = saved = time.monotonic()
+    for index, batch in _batches(images, penalty, config.seed, session.step):
+        if (done := session.fraction_done()) >= 1:
             break
+        optimizer = session.optimizer
         optimizer.param_groups[0]["lr"] = config.learning_rate * (0.1 if done >= 0.95 else 1.0)
-        losses = _step(
-            model, optimizer, batch, targets[index], device, seed=config.seed * 1_000_003 + step
-        )
-        step += 1
-        if not np.isfinite(list(asdict(losses).values())).all():
-            raise TrainingError(
-                f"step {step}: the loss is not finite ({losses}); start again with a lower learning rate"
-            )
-        if step % 10 == 0 or step == 1:
-            rows.writerow(
-                [
-                    step,
-                    round(spent + time.monotonic() - start, 2),
-                    *(f"{v:.6g}" for v in asdict(losses).values()),
-                ]
-            )
+        seed = config.seed * 1_000_003 + session.step
+        losses = _step(model, optimizer, batch, targets[index], device, seed=seed)
+        session.record(losses)
         if progress:
-            progress(min(1.0, fraction_done()), step, losses)
+            progress(min(1.0, session.fraction_done()), session.step, losses)
         if time.monotonic() - saved >= config.checkpoint_s:
-            save()
+            session.save()
             saved = time.monotonic()
-    save()
-    return step, spent + time.monotonic() - start
+    session.save()
+    return session.step, session.seconds()
+
+
+class _Session:
+    """The state of a run that its checkpoint holds, and the table of its losses.
+
+    Attributes:
+        step: Steps done.
+        start: When this session's training began, on the monotonic clock.
+    """
+
+    def __init__(
+        self, model: EfficientAD, run: Path, config: TrainConfig, settings: dict[str, object]
+    ) -> None:
+        self.model, self.run, self.config, self.settings = model, run, config, settings
+        self.checkpoint = run / CHECKPOINT_FILE
+        parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
+        self.optimizer = torch.optim.Adam(
+            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.step, self.spent, self.start = 0, 0.0, time.monotonic()
+        self.table = io.StringIO()
+        self.table.write("step,seconds,hard,penalty,autoencoder,student_autoencoder\n")
+
+    def restore(self) -> None:
+        state = load_checkpoint(self.checkpoint, settings=self.settings)
+        self.model.student.load_state_dict(state["student"])
+        self.model.autoencoder.load_state_dict(state["autoencoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.spent = state["step"], state["seconds"]
+        self.table = io.StringIO()
+        self.table.write(state["losses"])
+
+    def save(self) -> None:
+        state = {
+            "student": self.model.student.state_dict(),
+            "autoencoder": self.model.autoencoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds(),
+            "losses": self.table.getvalue(),
+            "settings": self.settings,
+        }
+        save_checkpoint(self.checkpoint, state)
+        write_text(self.run / LOSSES_FILE, self.table.getvalue())
+
+    def seconds(self) -> float:
+        """Time spent on training, over all sessions of a resumed run."""
+        return self.spent + time.monotonic() - self.start
+
+    def fraction_done(self) -> float:
+        if self.config.minutes is not None:
+            return self.seconds() / (60 * self.config.minutes)
+        return self.step / self.config.steps
+
+    def record(self, losses: Losses) -> None:
+        """Count a step; the first one and every tenth go into the table."""
+        self.step += 1
+        values = list(asdict(losses).values())
+        if not np.isfinite(values).all():
+            raise TrainingError(
+                f"step {self.step}: the loss is not finite ({losses});"
+                " start again with a lower learning rate"
+            )
+        if self.step % 10 == 0 or self.step == 1:
+            row = [self.step, round(self.seconds(), 2), *(f"{v:.6g}" for v in values)]
+            csv.writer(self.table, lineterminator="\n").writerow(row)
 
 
 def _step(
@@ -363,13 +378,10 @@ def _batches(
 def raw_maps(
     model: EfficientAD, images: np.ndarray, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Student-teacher and student-autoencoder maps, computed in FP32.
-
-    Args:
-        images: uint8 [N, 256, 256, 3].
+    """Student-teacher and student-autoencoder maps of images uint8 [N, 256, 256, 3], in FP32.
 
     Returns:
-        Both maps, float32 [N, 56, 56] each.
+        float32 [N, 56, 56] each.
     """
     model.eval()
     local, logical = [], []
@@ -382,10 +394,7 @@ def raw_maps(
 
 
 def build_model(teacher: PDN, *, seed: int) -> EfficientAD:
-    """Networks with seeded initial weights (PyTorch's defaults).
-
-    The process's random state is left alone.
-    """
+    """Networks with PyTorch's initial weights, seeded; the process's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return EfficientAD(teacher)

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from edgead.errors import TrainingError
+from edgead.models.efficientad import EfficientAD
 from edgead.models.files import WeightsInfo, load_teacher, save_safetensors
+from edgead.models.pdn import PDN
 from edgead.training.calibrate import MapScale, choose_threshold, graph_constants
 from edgead.training.data import Dataset
 from edgead.training.demo_data import render_distractors
@@ -92,64 +94,95 @@ def train(
             WeightsError.
     """
     config = config or TrainConfig()
+    _check_folder(run, resume=resume)
+    run.mkdir(parents=True, exist_ok=True)
+    chosen = pick_device(device)
+    inputs = _open_inputs(dataset, run, config, teacher or SHIPPED_TEACHER, penalty)
+    images = read_images(list(dataset.train))
+    model = build_model(inputs.network, seed=config.seed)
+    steps, seconds = fit(
+        model,
+        images,
+        inputs.penalty,
+        run,
+        config,
+        device=chosen,
+        settings=inputs.settings(config),
+        resume=resume,
+        progress=progress,
+    )
+    good = read_images(list(dataset.validation))
+    calibration, threshold = calibrate(model, good, config.false_reject, chosen)
+    record = {
+        **inputs.record(config, dataset),
+        "training": {"steps": steps, "seconds": round(seconds, 1), "device": device_name(chosen)},
+        "calibration": calibration,
+        "threshold": threshold,
+        "made": made(),
+    }
+    _write(run, model, record)
+    return record
+
+
+def _check_folder(run: Path, *, resume: bool) -> None:
     if (run / RUN_FILE).exists():
         raise TrainingError(f"{run} holds a finished run; export it, or name another folder with --out")
     if (run / CHECKPOINT_FILE).exists() and not resume:
         raise TrainingError(
             f"{run} holds an unfinished run; go on with --resume, or name another folder with --out"
         )
-    run.mkdir(parents=True, exist_ok=True)
-    chosen = pick_device(device)
-    network, info = load_teacher(teacher or SHIPPED_TEACHER)
+
+
+def _write(run: Path, model: EfficientAD, record: dict[str, Any]) -> None:
+    metadata = {"method": record["method"], "data": record["data"]["fingerprint"]}
+    save_safetensors(run / WEIGHTS_FILE, model.state_dict(), metadata)
+    write_text(run / RUN_FILE, json.dumps(record, indent=2))
+    (run / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run is trained from, besides the images of the data set."""
+
+    network: PDN
+    teacher: WeightsInfo
+    penalty: PenaltyImages
+    penalty_source: str
+    fingerprint: str
+
+    def settings(self, config: TrainConfig) -> dict[str, object]:
+        """What has to be the same for a checkpoint to be resumed."""
+        return {
+            **asdict(config),
+            "data": self.fingerprint,
+            "teacher": self.teacher.sha256,
+            "penalty_images": len(self.penalty.paths),
+        }
+
+    def record(self, config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+        """The first part of run.json."""
+        return {
+            "method": f"efficientad-{config.size}",
+            "config": asdict(config),
+            "data": {**describe_data(dataset), "fingerprint": self.fingerprint},
+            "teacher": describe_weights(self.teacher),
+            "penalty": {"source": self.penalty_source, "images": len(self.penalty.paths)},
+        }
+
+
+def _open_inputs(
+    dataset: Dataset, run: Path, config: TrainConfig, teacher: Path, penalty: Path | None
+) -> _Inputs:
+    network, info = load_teacher(teacher)
     if network.size != config.size:
         raise TrainingError(
-            f"{teacher or SHIPPED_TEACHER} is a PDN-{network.size.upper()} teacher,"
+            f"{teacher} is a PDN-{network.size.upper()} teacher,"
             f" --method efficientad-{config.size} needs a PDN-{config.size.upper()} one:"
             f" name another with --teacher, or use --method efficientad-{network.size}"
         )
-    folder, penalty_source = penalty_folder(penalty, run, seed=config.seed)
+    folder, source = penalty_folder(penalty, run, seed=config.seed)
     negatives = PenaltyImages(folder, seed=config.seed)
-    fingerprint = dataset.fingerprint()
-    settings = {
-        **asdict(config),
-        "data": fingerprint,
-        "teacher": info.sha256,
-        "penalty_images": len(negatives.paths),
-    }
-
-    images = read_images(list(dataset.train))
-    model = build_model(network, seed=config.seed)
-    steps, seconds = fit(
-        model,
-        images,
-        negatives,
-        run,
-        config,
-        device=chosen,
-        settings=settings,
-        resume=resume,
-        progress=progress,
-    )
-    calibration, threshold = calibrate(
-        model, read_images(list(dataset.validation)), config.false_reject, chosen
-    )
-    record: dict[str, Any] = {
-        "method": f"efficientad-{config.size}",
-        "config": asdict(config),
-        "data": {**describe_data(dataset), "fingerprint": fingerprint},
-        "teacher": describe_weights(info),
-        "penalty": {"source": penalty_source, "images": len(negatives.paths)},
-        "training": {"steps": steps, "seconds": round(seconds, 1), "device": device_name(chosen)},
-        "calibration": calibration,
-        "threshold": threshold,
-        "made": made(),
-    }
-    save_safetensors(
-        run / WEIGHTS_FILE, model.state_dict(), {"method": record["method"], "data": fingerprint}
-    )
-    write_text(run / RUN_FILE, json.dumps(record, indent=2))
-    (run / CHECKPOINT_FILE).unlink(missing_ok=True)
-    return record
+    return _Inputs(network, info, negatives, source, dataset.fingerprint())
 
 
 def calibrate(
