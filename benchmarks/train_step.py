@@ -47,7 +47,7 @@ def plain_step(
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def measure(steps: int, device: torch.device) -> dict[str, list[float]]:
