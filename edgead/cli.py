@@ -90,7 +90,7 @@ def _add_training_commands(command: _Command) -> None:
     )
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (default: demo)")
     sub.add_argument("--minutes", type=float, default=4.0, help="training time (default: 4)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--only-data", type=Path, metavar="DIR", help="only render the data set into DIR")
 
     sub = command(
@@ -107,7 +107,7 @@ def _add_training_commands(command: _Command) -> None:
     sub.add_argument("--steps", type=int, help="training steps")
     sub.add_argument("--batch", type=int, help="images per step")
     sub.add_argument("--learning-rate", type=float)
-    sub.add_argument("--seed", type=int)
+    sub.add_argument("--seed", type=_seed)
     _add_training(sub)
 
     sub = command("train", commands.train, "Train a detector on the good images of a data set.")
@@ -130,7 +130,7 @@ def _add_training_commands(command: _Command) -> None:
     sub.add_argument(
         "--false-reject", type=float, help="target share of good parts rejected (default: 0.01)"
     )
-    sub.add_argument("--seed", type=int)
+    sub.add_argument("--seed", type=_seed)
     _add_training(sub)
 
 
@@ -188,6 +188,12 @@ def _add_bundle(sub: argparse.ArgumentParser, *, backend: bool = True) -> None:
     if backend:
         sub.add_argument("--backend", choices=("auto", "onnxruntime", "openvino"), default="auto")
         sub.add_argument("--threads", type=int, help="threads per inference (default: the back end's)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 on")
+    return int(text)
 
 
 def _frame(text: str) -> tuple[int, int]:

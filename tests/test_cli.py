@@ -104,6 +104,7 @@ def test_predict_goes_on_after_a_bad_file_and_fails_at_the_end(
             ["distill", "EMPTY", "--backbone", "none.safetensors", "--out", "t.safetensors"],
             "holds 0 images",
         ),
+        (["distill", "EMPTY", "--backbone", "b", "--out", "t", "--steps", "0"], "at least 1"),
         (["demo", "--only-data", "EMPTY/.."], "not an empty folder"),
     ],
 )
@@ -132,7 +133,14 @@ def test_debug_shows_the_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["export", "run", "--out", "x", "--frame", "900"], ["predict"]]
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["export", "run", "--out", "x", "--frame", "900"],
+        ["predict"],
+        ["train", "d", "--out", "r", "--seed", "-1"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

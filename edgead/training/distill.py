@@ -54,6 +54,10 @@ class DistillConfig:
     seed: int = 0
     checkpoint_s: float = 120.0
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise TrainingError(f"--steps {self.steps}, --batch {self.batch}: both must be at least 1")
+
 
 @dataclass(frozen=True)
 class DistillResult:
