@@ -89,7 +89,7 @@ def _add_training_commands(command: _Command) -> None:
         "Render a small inspection data set, train on it, export, inspect, and write a report.",
     )
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (default: demo)")
-    sub.add_argument("--minutes", type=float, default=4.0, help="training time (default: 4)")
+    sub.add_argument("--minutes", type=float, default=5.0, help="training time (default: 5)")
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--only-data", type=Path, metavar="DIR", help="only render the data set into DIR")
 

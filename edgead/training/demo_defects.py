@@ -16,7 +16,7 @@ from edgead.training.demo_scene import Surface
 
 SMALLEST_PX = 6  # length of the smallest defect
 
-_FAINT, _CLEAR = 30.0, 110.0  # mean change of brightness over a defect, grey values of 255
+_FAINT, _CLEAR = 60.0, 140.0  # mean change of brightness over a defect, grey values of 255
 _WINDOW_PX = 320  # a defect of the tray is drawn into a square of this size
 _OVERSAMPLING = 4
 _LUMA = np.array((0.299, 0.587, 0.114), np.float32)
@@ -74,7 +74,7 @@ def _scratch(
     surface: Surface, rng: np.random.Generator, fields: Fields, size: float, contrast: float
 ) -> Change | None:
     """A groove: one flank catches the light, the other lies in the dark."""
-    length, width = 11 + 190 * size**1.3, rng.uniform(2.0, 2.6) + 5.0 * size
+    length, width = 8 + 230 * size**0.85, rng.uniform(3.8, 5.0) + 9.0 * size
     middle, heading = _somewhere(surface.alpha, rng), rng.uniform(0, 2 * np.pi)
     t = np.linspace(0, 1, 16)
     turn = heading + rng.uniform(-0.6, 0.6) * t + 0.05 * np.cumsum(rng.standard_normal(16))
@@ -98,7 +98,7 @@ def _stain(
     surface: Surface, rng: np.random.Generator, fields: Fields, size: float, contrast: float
 ) -> Change | None:
     """Oil, rust or dried residue with a stronger rim, the large ones with droplets beside them."""
-    radius, centre, shape = 3.2 + 52 * size**1.3, _somewhere(surface.alpha, rng), surface.alpha.shape
+    radius, centre, shape = 3.0 + 64 * size**0.85, _somewhere(surface.alpha, rng), surface.alpha.shape
     blot = _fill(centre + _blob(rng, radius), shape)
     for _ in range(rng.integers(0, 4) if radius > 8 else 0):
         away, heading = rng.uniform(1.2, 1.7) * radius, rng.uniform(0, 2 * np.pi)
@@ -121,7 +121,7 @@ def _chip(
 ) -> Change | None:
     """A piece broken off an edge, with a rough face of fracture."""
     at, outward = _edge(surface.alpha, rng)
-    radius, shape = 1.7 + 37 * size**1.3, surface.alpha.shape
+    radius, shape = 40 * size**0.88, surface.alpha.shape
     corners = np.sort(rng.uniform(0, 2 * np.pi, 9))
     rough = (
         radius * rng.uniform(0.72, 1.12, (9, 1)) * np.column_stack([np.cos(corners), np.sin(corners)])
@@ -141,7 +141,7 @@ def _burr(
 ) -> Change | None:
     """A sliver of material that stands out from an edge, bent, with a light and a dark side."""
     at, outward = _edge(surface.alpha, rng)
-    length, base = 6.5 + 62 * size**1.3, rng.uniform(2.8, 3.8) + 18 * size
+    length, base = 4.0 + 75 * size**0.85, rng.uniform(3.2, 4.4) + 26 * size
     t, bend = np.linspace(0, 1, 12)[:, None], rng.uniform(-0.7, 0.7)
     across = np.array([-outward[1], outward[0]])
     spine = at - 1.5 * outward + length * (t * outward + bend * t**2 * across)

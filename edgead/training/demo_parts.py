@@ -118,7 +118,7 @@ def shade(
         even, odd = _double_angle()
         twice = 2 * (light.azimuth_rad - turned_rad)
         seen *= 1 + 0.34 * (float(np.cos(twice)) * even + float(np.sin(twice)) * odd) * nz
-    seen *= 1 + tilt[0] / HALF_PX * x + tilt[1] / HALF_PX * y + 0.085 * finish
+    seen *= 1 + tilt[0] / HALF_PX * x + tilt[1] / HALF_PX * y + 0.05 * finish
     painted = light.ambient + light.key * np.clip(facing, 0, None) * (1 + 0.05 * finish)
     level = part.metal * (seen - painted) + painted
     spark = part.gloss * light.key * np.clip(mirrored, 0, 1) ** 14
