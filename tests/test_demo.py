@@ -1,0 +1,39 @@
+"""`edgead demo` from end to end, on fewer pictures and seconds than a user gets."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from edgead.cli import main
+from edgead.training import demo_data
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer = functools.partial(demo_data.render_demo, train=6, good=2, defective=7)
+    monkeypatch.setattr(demo_data, "render_demo", fewer)
+    monkeypatch.setattr("edgead.training.train.DISTRACTORS", 3)
+    monkeypatch.delenv("EDGEAD_PENALTY_IMAGES", raising=False)
+
+
+def test_demo_twice_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    for _ in range(2):
+        assert main(["demo", "--out", str(out), "--minutes", "0.02"]) == 0
+        printed = capsys.readouterr().out
+        assert (out / "report.html").resolve().as_uri() in printed and "image AUROC" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["images"] == 9 and results["name"] == "tray"
+    assert "scratch" in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "tray.edgead").is_file()
+
+
+def test_only_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--only-data", str(tmp_path / "data")]) == 0
+    parts = sorted(path.name for path in (tmp_path / "data").iterdir())
+    assert parts == ["ground_truth", "test", "train"]
+    assert "data" in capsys.readouterr().out
