@@ -74,7 +74,7 @@ def _scratch(
     surface: Surface, rng: np.random.Generator, fields: Fields, size: float, contrast: float
 ) -> Change | None:
     """A groove: one flank catches the light, the other lies in the dark."""
-    length, width = 8 + 230 * size**0.85, rng.uniform(3.8, 5.0) + 9.0 * size
+    length, width = 9 + 210 * size**0.6, rng.uniform(4.5, 6.0) + 11.0 * size**0.6
     middle, heading = _somewhere(surface.alpha, rng), rng.uniform(0, 2 * np.pi)
     t = np.linspace(0, 1, 16)
     turn = heading + rng.uniform(-0.6, 0.6) * t + 0.05 * np.cumsum(rng.standard_normal(16))
@@ -89,7 +89,7 @@ def _scratch(
         _fill(np.vstack([right, far[::-1]]), shape),
     )
     sign = 1 if rng.random() < 0.6 else -1
-    lift = np.clip(1 + sign * (0.9 * groove - 0.7 * ridge), 0.08, None)[..., None]
+    lift = np.clip(1 + sign * (1.3 * groove - 0.85 * ridge), 0.05, None)[..., None]
     drawn = surface.rgb * lift + np.float32(0.05) * groove[..., None]
     return _faded(surface, drawn, np.maximum(groove, ridge), contrast)
 
@@ -121,7 +121,7 @@ def _chip(
 ) -> Change | None:
     """A piece broken off an edge, with a rough face of fracture."""
     at, outward = _edge(surface.alpha, rng)
-    radius, shape = 40 * size**0.88, surface.alpha.shape
+    radius, shape = 48 * size**0.95, surface.alpha.shape
     corners = np.sort(rng.uniform(0, 2 * np.pi, 9))
     rough = (
         radius * rng.uniform(0.72, 1.12, (9, 1)) * np.column_stack([np.cos(corners), np.sin(corners)])
@@ -141,7 +141,7 @@ def _burr(
 ) -> Change | None:
     """A sliver of material that stands out from an edge, bent, with a light and a dark side."""
     at, outward = _edge(surface.alpha, rng)
-    length, base = 4.0 + 75 * size**0.85, rng.uniform(3.2, 4.4) + 26 * size
+    length, base = 4.0 + 80 * size**0.75, rng.uniform(3.2, 4.4) + 26 * size
     t, bend = np.linspace(0, 1, 12)[:, None], rng.uniform(-0.7, 0.7)
     across = np.array([-outward[1], outward[0]])
     spine = at - 1.5 * outward + length * (t * outward + bend * t**2 * across)
