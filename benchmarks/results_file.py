@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from edgead import machine
-from edgead.training.run import git_commit, write_text
+from edgead.files import write_text
+from edgead.training.run import git_commit
 
 
 def write_results(path: Path, name: str, results: dict[str, Any]) -> None:

@@ -307,8 +307,8 @@ def predict(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> None:
     from edgead.detector import load
     from edgead.evaluate import evaluate
+    from edgead.files import write_text
     from edgead.training.data import open_dataset
-    from edgead.training.run import write_text
 
     dataset = open_dataset(arguments.data)
     with load(arguments.bundle, backend=arguments.backend, threads=arguments.threads) as detector:

@@ -55,9 +55,9 @@ def _train_and_export(data: Path, arguments: argparse.Namespace) -> Path:
 def _inspect(bundle: Path, data: Path, out: Path, start: float) -> None:
     from edgead.detector import load
     from edgead.evaluate import evaluate
+    from edgead.files import write_text
     from edgead.report import load_pictures, write_report
     from edgead.training.data import open_dataset
-    from edgead.training.run import write_text
 
     dataset = open_dataset(data)
     with load(bundle) as detector, progress_bar("inspect", unit="image") as bar:

@@ -160,6 +160,18 @@ def test_missing_extra_is_named(tmp_path: Path) -> None:
     assert 'needs torch, which is not installed: pip install "edgead[train]"' in done.stderr
 
 
+def test_evaluate_needs_no_torch(tmp_path: Path, trained_bundle: Path, demo_images: Path) -> None:
+    """A device has the core only."""
+    script = (
+        "import sys; sys.modules['torch'] = None; from edgead.cli import main; "
+        "sys.exit(main(['evaluate', *sys.argv[1:], '--backend', 'onnxruntime', '--json', 'e.json']))"
+    )
+    command = [sys.executable, "-c", script, str(trained_bundle), str(demo_images)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "e.json").read_text())["images"] == 9
+
+
 def test_a_closed_pipe_is_no_traceback(trained_bundle: Path, demo_images: Path) -> None:
     arguments = ["predict", str(trained_bundle), str(demo_images / "test"), "--json"]
     process = subprocess.Popen(

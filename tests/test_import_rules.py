@@ -22,6 +22,7 @@ DEVICE = ("errors", "image", "manifest", "bundle", "result", "runtime")
 ALLOWED: dict[str, tuple[str, ...] | None] = {
     "": ("errors", "result", "bundle", "detector"),
     "errors": (),
+    "files": (),
     "image": ("errors",),
     "result": ("errors", "image"),
     "storedzip": ("errors",),
@@ -34,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "evaluate": (*DEVICE, "detector", "metrics", "machine", "training.data"),
     "report": (*DEVICE, "detector", "metrics", "machine", "evaluate", "training.data"),
     "models": ("errors", "models"),
-    "training": ("errors", "image", "metrics", "models", "training"),
+    "training": ("errors", "files", "image", "metrics", "models", "training"),
     "training.data": ("errors", "image"),
     "training.demo_data": ("errors", "image", "training.demo_*"),
     "training.demo_*": ("errors", "image", "training.demo_*"),

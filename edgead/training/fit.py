@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgead.errors import DataError, TrainingError
+from edgead.files import write_text
 from edgead.image import list_images, read_image, resize
 from edgead.models.efficientad import IMAGE_PX, EfficientAD, normalise
 from edgead.models.pdn import FEATURES, PDN, Size
 from edgead.training.checkpoint import load_checkpoint, save_checkpoint
 from edgead.training.device import autocast, keep_memory
-from edgead.training.run import CHECKPOINT_FILE, LOSSES_FILE, write_text
+from edgead.training.run import CHECKPOINT_FILE, LOSSES_FILE
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ RUN/checkpoint.pt            only while training: what --resume goes on from
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +66,6 @@ def read_run(folder: Path | str) -> Run:
     state, _ = read_state_dict(folder / WEIGHTS_FILE)
     load_strict(model, state, folder / WEIGHTS_FILE)
     return Run(folder, record, model.eval().requires_grad_(False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def git_commit() -> str | None:

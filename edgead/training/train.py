@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from edgead.errors import TrainingError
+from edgead.files import write_text
 from edgead.models.efficientad import EfficientAD
 from edgead.models.files import WeightsInfo, load_teacher, save_safetensors
 from edgead.models.pdn import PDN
@@ -33,7 +34,7 @@ from edgead.training.fit import (
     raw_maps,
     read_images,
 )
-from edgead.training.run import CHECKPOINT_FILE, RUN_FILE, WEIGHTS_FILE, git_commit, write_text
+from edgead.training.run import CHECKPOINT_FILE, RUN_FILE, WEIGHTS_FILE, git_commit
 
 log = logging.getLogger(__name__)
 
