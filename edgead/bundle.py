@@ -59,7 +59,6 @@ import hashlib
 import io
 import os
 import re
-import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -71,6 +70,7 @@ import numpy as np
 
 from edgead import storedzip
 from edgead.errors import BundleError
+from edgead.files import whole_file
 from edgead.manifest import Manifest, Member, Threshold, dump_json, parse_json
 
 MANIFEST = "manifest.json"
@@ -320,21 +320,9 @@ def _write_atomically(
 ) -> None:
     """Replaces the target of `path` (through symbolic links) in one step that survives a power cut."""
     target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with whole_file(target) as temporary:
         with temporary.open("xb") as file:
             fill(file)
-            file.flush()
-            os.fsync(file.fileno())
         verify(temporary)
         if target.exists():
             shutil.copymode(target, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself must reach the disk
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

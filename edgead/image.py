@@ -15,17 +15,16 @@ written as two matrices (`resize_matrix`), so that an exported graph can hold th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import os
-import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from edgead.errors import DataError
+from edgead.files import write_bytes
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 100_000_000
@@ -114,15 +113,10 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     quality = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_WEBP_QUALITY, 95]
     data = cv2.imencode(path.suffix.lower(), pixels, quality)[1].tobytes()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        write_bytes(path, data, sync=False)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):  # there is one only when the writing failed
-            temporary.unlink()
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:

@@ -21,6 +21,7 @@ import numpy as np
 from edgead import metrics
 from edgead.errors import DataError, EdgeADError
 from edgead.evaluate import Evaluation, Row, relative_path
+from edgead.files import write_bytes
 from edgead.image import overlay, read_image, resize
 
 if TYPE_CHECKING:
@@ -118,7 +119,10 @@ def write_report(
         model=_flat(evaluation.model),
         provenance=_flat(evaluation.provenance),
     )
-    _write_atomically(Path(path), html.encode("utf-8", errors="replace"))
+    try:
+        write_bytes(Path(path), html.encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise EdgeADError(f"{path}: the report cannot be written: {error.strerror}") from error
 
 
 def heat_scale(evaluation: Evaluation) -> tuple[float, float]:
@@ -167,16 +171,6 @@ def _figure_text(value: float, digits: int = 4) -> str:
 
 def _percent_text(value: float) -> str:
     return f"{100 * value:.1f} %" if math.isfinite(value) else "n/a"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgeADError(f"{path}: the report cannot be written: {error.strerror}") from error
 
 
 def _cards(

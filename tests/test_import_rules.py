@@ -16,25 +16,27 @@ import edgead
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("export", "engines", "benchmarks")  # top-level folders that are installed as edgead.<name>
 
-DEVICE = ("errors", "image", "manifest", "bundle", "result", "runtime")
+DEVICE = ("errors", "files", "image", "manifest", "bundle", "result", "runtime")
 # Module (and what is below it, unless it has its own line) -> what it may import of edgead.
 # None: everything but the command line.
 ALLOWED: dict[str, tuple[str, ...] | None] = {
     "": ("errors", "result", "bundle", "detector"),
     "errors": (),
     "files": (),
-    "image": ("errors",),
+    "image": ("errors", "files"),
     "result": ("errors", "image"),
     "storedzip": ("errors",),
     "manifest": ("errors",),
-    "bundle": ("errors", "manifest", "storedzip"),
+    "bundle": ("errors", "files", "manifest", "storedzip"),
     "runtime": DEVICE,
+    "runtime.tensorrt": (*DEVICE, "flavour"),
+    "runtime.open_tensorrt": (*DEVICE, "flavour", "engines.prepare"),  # builds a missing engine
     "detector": DEVICE,
     "metrics": ("errors",),
     "machine": ("errors",),
     "evaluate": (*DEVICE, "detector", "metrics", "machine", "training.data"),
     "report": (*DEVICE, "detector", "metrics", "machine", "evaluate", "training.data"),
-    "models": ("errors", "models"),
+    "models": ("errors", "files", "models"),
     "training": ("errors", "files", "image", "metrics", "models", "training"),
     "training.data": ("errors", "image"),
     "training.demo_data": ("errors", "image", "training.demo_*"),

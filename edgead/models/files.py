@@ -7,7 +7,6 @@ key and shape has to match; what is missing, surplus or mis-shaped is listed in 
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgead.errors import WeightsError
+from edgead.files import whole_file
 from edgead.models.mobilenet import MobileNetV2
 from edgead.models.pdn import FEATURES, PDN, Size
 
@@ -167,16 +167,9 @@ def save_safetensors(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-            temporary,
-            dict(metadata),
-        )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(contiguous, temporary, dict(metadata))
 
 
 def sha256(path: Path | str) -> str:

@@ -1,30 +1,20 @@
-"""Checkpoints that survive a kill at any moment.
-
-A new one is written beside the old one, flushed, then renamed over it.
-"""
+"""Checkpoints that survive a kill at any moment."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgead.errors import TrainingError
+from edgead.files import whole_file
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path, *, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgead.files import whole_file, write_bytes, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_a_new_file_and_a_replaced_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "första\n")
+    assert path.read_bytes() == "första\n".encode()
+    write_bytes(path, b"second")
+    write_bytes(path, b"third", sync=False)
+    assert path.read_bytes() == b"third"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
+        temporary.write_text("half of the new")
+        _ = 1 / 0
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_the_body_may_leave_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a.txt"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "no" / "a.txt", "x")
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom edgead.files import whole_file\n"
+        "with whole_file(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
