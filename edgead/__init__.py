@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgead.errors import (
         BackendError,
         BundleError,
+        BusyError,
         DataError,
         EdgeADError,
         ExportError,
@@ -26,17 +27,20 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from edgead.result import Result
+    from edgead.runtime.executor import Executor
 
 __version__ = "0.1.0"
 
 _HOME = {
     "load": "edgead.detector",
     "Detector": "edgead.detector",
+    "Executor": "edgead.runtime.executor",
     "Result": "edgead.result",
     "Bundle": "edgead.bundle",
     "EdgeADError": "edgead.errors",
     "BackendError": "edgead.errors",
     "BundleError": "edgead.errors",
+    "BusyError": "edgead.errors",
     "DataError": "edgead.errors",
     "ExportError": "edgead.errors",
     "TrainingError": "edgead.errors",
@@ -47,9 +51,11 @@ __all__ = [
     "BackendError",
     "Bundle",
     "BundleError",
+    "BusyError",
     "DataError",
     "Detector",
     "EdgeADError",
+    "Executor",
     "ExportError",
     "Result",
     "TrainingError",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import threading
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -13,8 +11,8 @@ import numpy as np
 
 from edgead.bundle import Bundle
 from edgead.errors import BackendError, DataError
-from edgead.image import as_rgb, resize
-from edgead.manifest import RESIZE_IN_GRAPH, Manifest
+from edgead.judge import Judge
+from edgead.manifest import Manifest
 from edgead.result import Result
 from edgead.runtime import Backend, open_backend
 from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE
@@ -48,12 +46,8 @@ class Detector:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.manifest: Manifest = bundle.manifest
         self._backend = backend
-        self._lock = threading.Lock()
+        self._judge = Judge(bundle.manifest)
         self._closed = False
-        self._threshold = float(bundle.manifest.threshold.value)
-        self._size_px = (bundle.manifest.input.height, bundle.manifest.input.width)
-        self._fixed_size = bundle.manifest.input.resize == RESIZE_IN_GRAPH
-        self._calibration = np.array(bundle.manifest.calibration.values, np.float32)
 
     @property
     def backend(self) -> str:
@@ -68,17 +62,11 @@ class Detector:
     @property
     def threshold(self) -> float:
         """Scores from here on are anomalous. Setting it acts on the next call, not on the file."""
-        return self._threshold
+        return self._judge.threshold
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise DataError(f"threshold is {value!r}, expected a finite number")
-        self._threshold = number
+        self._judge.threshold = value
 
     def __call__(self, frame: np.ndarray, *, color: str = "rgb") -> Result:
         """Inspects one frame.
@@ -97,7 +85,7 @@ class Detector:
             BackendError: The detector is closed, or the back end failed or gave a score that is not
                 finite.
         """
-        return self._inspect(frame, color, self._threshold)
+        return self._inspect(frame, color, self.threshold)
 
     def predict_batch(self, frames: Iterable[np.ndarray], *, color: str = "rgb") -> list[Result]:
         """Inspects frames, as in `__call__`, of any sizes; returns the verdicts in their order.
@@ -113,20 +101,20 @@ class Detector:
                 f"predict_batch: got one array of shape {frames.shape}, expected several frames (a "
                 "list, a generator or [N, H, W, 3]); for one frame call the detector itself"
             )
-        threshold = self._threshold
+        threshold = self.threshold
         results: list[Result] = []
         for index, frame in enumerate(frames):
             try:
                 results.append(self._inspect(frame, color, threshold))
             except (DataError, BackendError) as error:
-                raise type(error)(f"predict_batch: frame {index}: {error}") from error
+                kind = DataError if isinstance(error, DataError) else BackendError
+                raise kind(f"predict_batch: frame {index}: {error}") from error
         return results
 
     def close(self) -> None:
         """Frees the back end after a call in progress; may be repeated. Calls then fail."""
         self._closed = True
-        with self._lock:
-            self._backend.close()
+        self._backend.close()
 
     def __enter__(self) -> Detector:
         return self
@@ -140,36 +128,15 @@ class Detector:
         self.close()
 
     def _inspect(self, frame: np.ndarray, color: str, threshold: float) -> Result:
-        start = time.perf_counter()
-        image = self._prepare(frame, color)
-        with self._lock:
-            outputs = self._backend.infer({IMAGE: image[None], CALIBRATION: self._calibration})
-        score, anomaly_map = float(outputs[SCORE][0]), outputs[ANOMALY_MAP][0]
-        if not (math.isfinite(score) and np.isfinite(anomaly_map).all()):
-            raise BackendError(
-                f"{self.backend} ({self.precision}) gave score {score} and a map with "
-                f"{np.count_nonzero(~np.isfinite(anomaly_map))} values that are not finite: there is no "
-                "verdict. Try another back end, and check the bundle with `edgead verify`"
-            )
-        return Result(
-            score=score,
-            is_anomalous=score >= threshold,
-            threshold=threshold,
-            anomaly_map=anomaly_map,
-            elapsed_ms=(time.perf_counter() - start) * 1e3,
-        )
-
-    def _prepare(self, frame: np.ndarray, color: str) -> np.ndarray:
-        """Returns uint8 [height, width, 3] RGB at the size of the graph's input."""
+        start_s = time.perf_counter()
         if self._closed:
             raise BackendError("this detector is closed; load the bundle again")
-        image = as_rgb(frame, color=color)
-        if image.shape[:2] == self._size_px:
-            return image
-        if self._fixed_size:
-            raise DataError(
-                f"the frame is {image.shape[0]}x{image.shape[1]} px (height x width), this bundle was "
-                f"exported for frames of {self._size_px[0]}x{self._size_px[1]} px: set the camera to "
-                "that size or export for this one"
-            )
-        return resize(image, *self._size_px)
+        image = self._judge.prepare(frame, color)
+        outputs = self._backend.infer({IMAGE: image[None], CALIBRATION: self._judge.calibration})
+        return self._judge.result(
+            float(outputs[SCORE][0]),
+            outputs[ANOMALY_MAP][0],
+            threshold=threshold,
+            start_s=start_s,
+            source=f"{self.backend} ({self.precision})",
+        )

@@ -15,6 +15,28 @@ class BackendError(EdgeADError, RuntimeError):
     """A runtime back end is missing, refuses the graph, was closed, or got wrong tensors."""
 
 
+class CudaError(BackendError):
+    """A call to the CUDA driver failed.
+
+    Attributes:
+        code: Name of the driver's code, such as "CUDA_ERROR_OUT_OF_MEMORY".
+        is_sticky: Nothing works any more in the CUDA context until the device is reset and opened again.
+    """
+
+    def __init__(self, message: str, code: str, *, is_sticky: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.is_sticky = is_sticky
+
+
+class EngineError(BackendError):
+    """A TensorRT engine cannot be built, stored, loaded or trusted."""
+
+
+class BusyError(EdgeADError, RuntimeError):
+    """Every slot of an executor is taken and it was told to reject rather than to wait."""
+
+
 class DataError(EdgeADError, ValueError):
     """An image, mask, frame or data-set folder cannot be used."""
 

@@ -15,6 +15,7 @@ import pytest
 
 import edgead
 from edgead import BackendError, Bundle, BundleError, DataError, Detector, EdgeADError
+from edgead.errors import CudaError
 from edgead.image import resize
 from edgead.manifest import RESIZE_IN_GRAPH, InputSpec
 
@@ -196,6 +197,21 @@ def test_numbers_that_are_not_finite_give_no_verdict(sign: int, tiny: Any, tmp_p
         frames = [*tiny.frames(18, spots=False), *tiny.frames(1, spots=True)]
         with pytest.raises(BackendError, match="frame 18: .*there is no verdict"):
             detector.predict_batch(frames)
+
+
+def test_a_failing_device_in_a_batch(tiny_bundle: Path) -> None:
+    """An error of CUDA has a code and cannot be made of a text alone."""
+
+    class Lost:
+        name, precision = "lost", "fp32"
+
+        def infer(self, inputs: object) -> None:
+            raise CudaError("cuLaunchKernel failed: reset the GPU", "CUDA_ERROR_LAUNCH_FAILED")
+
+    lost = Detector(Bundle.open(tiny_bundle), Lost())  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="predict_batch: frame 0: cuLaunchKernel failed") as caught:
+        lost.predict_batch([np.zeros((64, 64, 3), np.uint8)])
+    assert isinstance(caught.value.__cause__, CudaError)
 
 
 def test_a_closed_detector(tiny_bundle: Path, tiny: Any) -> None:

@@ -1,6 +1,8 @@
-"""The contract of all back ends: named tensors in, named tensors out.
+"""The contract of all back ends: named tensors in, named tensors out, at once or in slots.
 
 Pre- and post-processing are inside the graph, so a back end knows nothing of images or thresholds.
+`Backend.infer` is the simple call. A `Slot` is the one for a line: buffers that are allocated once,
+filled in place by a camera, launched without waiting and awaited by another thread.
 """
 
 from __future__ import annotations
@@ -30,23 +32,66 @@ class TensorSpec:
         return f"{self.name} {self.dtype} [{', '.join(sides)}]"
 
 
-class Backend(Protocol):
-    """A loaded graph. One thread at a time may call it; `edgead.Detector` sees to that.
+class Slot(Protocol):
+    """Room for one inference in flight. Its arrays live as long as the slot object, even when closed.
+
+    A slot goes in turns: fill `images`, `launch`, `wait`, read, fill again. One thread at a time; one
+    may launch and another wait. Slots of one back end are independent of each other.
 
     Attributes:
-        name: "onnxruntime" or "openvino".
+        images: uint8 [B, H, W, 3] to be filled in place; page-locked where that makes copies quicker.
+    """
+
+    images: np.ndarray
+
+    def calibrate(self, values: np.ndarray) -> None:
+        """Sets the calibration, float32 [k], for all launches from now on; nothing may be in flight."""
+        ...
+
+    def launch(self, count: int = 1) -> None:
+        """Starts the inference of the first `count` images, 1 <= count <= B, and does not wait for it.
+
+        Raises:
+            BackendError: The slot is closed, or the library or the device failed.
+        """
+        ...
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+        """Waits for what was launched, without holding the GIL.
+
+        Returns:
+            score float32 [count] and anomaly_map float32 [count, h, w]: views that the next launch
+            overwrites.
+
+        Raises:
+            BackendError: The library or the device failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the slot holds on the device, after what is in flight; may be called again."""
+        ...
+
+
+class Backend(Protocol):
+    """A loaded graph. Any thread may call it.
+
+    Attributes:
+        name: A name of `edgead.runtime.BACKENDS`.
         precision: What the network computes in: "fp32", "bf16" or "fp16".
+        max_batch: Largest batch of `infer` and of a slot; None is any.
         inputs: Name to spec.
         outputs: Name to spec.
     """
 
     name: str
     precision: str
+    max_batch: int | None
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs the graph; the arrays returned are the caller's.
+        """Runs the graph; the arrays returned are the caller's. Calls wait for each other.
 
         Args:
             inputs: Exactly the tensors of `self.inputs`, with N >= 1; need not be contiguous.
@@ -56,8 +101,16 @@ class Backend(Protocol):
         """
         ...
 
+    def open_slot(self, batch: int = 1) -> Slot:
+        """Returns a new slot for up to `batch` images, calibrated as the manifest says.
+
+        Raises:
+            BackendError: Closed, no memory, or `batch` is not within 1 .. max_batch.
+        """
+        ...
+
     def close(self) -> None:
-        """Frees the graph; may be called again. `infer` then raises BackendError."""
+        """Frees graph and slots; may be called again. Every call but this then raises BackendError."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,16 +20,18 @@ from edgead.runtime.backend import (
     check_inputs,
     expected_specs,
 )
+from edgead.runtime.host_slot import HostSlot
 
 
 class OpenVinoBackend:
-    """The graph compiled once for batch 1; a batch is a loop. One thread at a time.
+    """The graph compiled once for batch 1; a batch is a loop.
 
     Precision is bfloat16 exactly where the CPU has it, otherwise float32 (bfloat16 without hardware is
     several times slower than float32), whatever the precision of the weights in the graph.
     """
 
     name = "openvino"
+    max_batch: int | None = None
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         """Compiles the graph; `threads` None leaves the number of threads to OpenVINO.
@@ -63,6 +66,8 @@ class OpenVinoBackend:
         self.precision = "bf16" if has_bf16 else "fp32"
         self.inputs, self.outputs = expected_specs(manifest)
         self._map_shape = manifest.map_shape
+        self._calibration = np.array(manifest.calibration.values, np.float32)
+        self._lock = threading.Lock()  # of the request and its tensors; `close` waits for it
         self._request: Any = request
         # NumPy views of the tensors that the request owns: set once, only their content changes.
         self._tensors = {
@@ -71,27 +76,37 @@ class OpenVinoBackend:
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Backend.infer`."""
-        if self._request is None:
-            raise BackendError("infer: this back end (openvino) is closed")
         batch = check_inputs(inputs, self.inputs)
-        tensors = self._tensors
         scores = np.empty(batch, np.float32)
         maps = np.empty((batch, *self._map_shape), np.float32)
-        tensors[CALIBRATION][:] = inputs[CALIBRATION]
-        try:
-            for index, image in enumerate(inputs[IMAGE]):
-                tensors[IMAGE][0] = image
-                self._request.infer(share_outputs=True)  # read through the views, not copied twice
-                scores[index] = tensors[SCORE][0]
-                maps[index] = tensors[ANOMALY_MAP][0]
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed: {error}") from error
+        with self._lock:
+            self._check_open("infer")
+            tensors = self._tensors
+            tensors[CALIBRATION][:] = inputs[CALIBRATION]
+            try:
+                for index, image in enumerate(inputs[IMAGE]):
+                    tensors[IMAGE][0] = image
+                    self._request.infer(share_outputs=True)  # read through the views, not copied twice
+                    scores[index] = tensors[SCORE][0]
+                    maps[index] = tensors[ANOMALY_MAP][0]
+            except RuntimeError as error:
+                raise BackendError(f"OpenVINO failed: {error}") from error
         return {SCORE: scores, ANOMALY_MAP: maps}
+
+    def open_slot(self, batch: int = 1) -> HostSlot:
+        """See `Backend.open_slot`."""
+        self._check_open("open_slot")
+        return HostSlot(self, batch, self._calibration, self._check_open)
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._tensors = {}  # the views keep the request's memory alive
-        self._request = None
+        with self._lock:
+            self._tensors = {}  # the views keep the request's memory alive
+            self._request = None
+
+    def _check_open(self, call: str) -> None:
+        if self._request is None:
+            raise BackendError(f"{call}: this back end (openvino) is closed")
 
 
 def _specs(ports: list[Any]) -> list[TensorSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,18 +11,20 @@ import numpy as np
 from edgead.bundle import Bundle
 from edgead.errors import BackendError
 from edgead.runtime.backend import TensorSpec, check_graph, check_inputs, expected_specs
+from edgead.runtime.host_slot import HostSlot
 
 _ERRORS_ONLY = 3
 
 
 class OrtBackend:
-    """The graph in ONNX Runtime's CPU provider, any batch size. One thread at a time.
+    """The graph in ONNX Runtime's CPU provider, any batch size.
 
     `precision` is that of the weights: ONNX Runtime computes an FP16 graph in FP32 where the CPU has no
     FP16 kernels.
     """
 
     name = "onnxruntime"
+    max_batch: int | None = None
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         """Loads the graph; `threads` None leaves their number to ONNX Runtime (one per physical core).
@@ -53,22 +56,34 @@ class OrtBackend:
         self.precision = bundle.manifest.precision
         self.inputs, self.outputs = expected_specs(bundle.manifest)
         self._names = list(self.outputs)
+        self._calibration = np.array(bundle.manifest.calibration.values, np.float32)
+        self._lock = threading.Lock()  # one inference at a time has all cores, and `close` waits for it
         self._session: Any = session
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Backend.infer`."""
-        if self._session is None:
-            raise BackendError("infer: this back end (onnxruntime) is closed")
         check_inputs(inputs, self.inputs)
-        try:
-            values = self._session.run(self._names, dict(inputs))
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {error}") from error
+        with self._lock:
+            self._check_open("infer")
+            try:
+                values = self._session.run(self._names, dict(inputs))
+            except Exception as error:
+                raise BackendError(f"ONNX Runtime failed: {error}") from error
         return dict(zip(self._names, values, strict=True))
+
+    def open_slot(self, batch: int = 1) -> HostSlot:
+        """See `Backend.open_slot`."""
+        self._check_open("open_slot")
+        return HostSlot(self, batch, self._calibration, self._check_open)
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._session = None
+        with self._lock:
+            self._session = None
+
+    def _check_open(self, call: str) -> None:
+        if self._session is None:
+            raise BackendError(f"{call}: this back end (onnxruntime) is closed")
 
 
 def _specs(nodes: list[Any]) -> list[TensorSpec]:
