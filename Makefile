@@ -11,7 +11,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 READY = $(VENV)/ready
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo test lint typecheck wheel benchmark clean
+.PHONY: help install demo test lint typecheck wheel benchmark pycuda clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1~/p' $(firstword $(MAKEFILE_LIST)) | awk -F '~' '{printf "%-18s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ wheel: $(READY)  ## build dist/edgead-*.whl and the source archive
 
 benchmark: $(READY)  ## latency on this machine's CPU
 	$(PY) -m edgead.benchmarks.cpu
+
+pycuda: $(READY)  ## build pycuda into .venv where there is a CUDA toolkit, to test the second CUDA layer
+	$(PY) tests/fake_cuda/build_pycuda.py
 
 clean:  ## remove what the other targets made, all but .venv
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,8 @@ import pytest
 from edgead.bundle import Golden, write_bundle
 from edgead.manifest import Calibration, InputSpec, Manifest, OutputSpec, Threshold
 
+pytest_plugins = ["tests.fake_cuda"]
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY_SIDE_PX = 64
 

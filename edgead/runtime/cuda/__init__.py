@@ -2,8 +2,8 @@
 
 Both use the device's *primary* context, which torch and the CUDA runtime share, so that none of them
 fights another. Handles and device addresses are plain integers, which TensorRT takes as they are. Host
-memory is ours (`host_buffer`), only registered with the driver: an array stays readable after the device
-was lost, closed or reset.
+memory is ours (`edgead.runtime.cuda.host`), only registered with the driver: an array stays readable
+after the device was lost, closed or reset.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Device(Protocol):
     """One GPU through its primary context. Every thread that uses it calls `make_current` first.
 
     Every method raises `CudaError` when the driver reports a failure; its text names the call, the code
-    and a remedy.
+    and a remedy. After one that `is_sticky` all calls fail until `reset` and a new `open_device`.
+    Handles are of this object alone, except streams and addresses, which other libraries take, too.
 
     Attributes:
         layer: A name of `LAYERS`.
@@ -110,7 +111,10 @@ class Device(Protocol):
     def alloc(self, nbytes: int) -> int: ...
     def free(self, address: int) -> None: ...
     def alloc_host(self, nbytes: int, *, mapped: bool = False) -> HostBuffer: ...
-    def free_host(self, buffer: HostBuffer) -> None: ...
+    def free_host(self, buffer: HostBuffer) -> None:
+        """Unregisters the memory. Until then, or until the end, the device keeps it alive."""
+        ...
+
     def copy_to_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Enqueues a copy from page-locked host memory."""
         ...
@@ -140,12 +144,13 @@ class Device(Protocol):
         """Destroys the primary context with everything in it: the way out of a sticky error.
 
         Everything else in this process that uses this GPU loses it, too. Handles of before are invalid;
-        the device is closed.
+        the device is closed, also if this raises. A driver may stay broken after it: if a new device
+        fails again, only a new process helps.
         """
         ...
 
     def close(self) -> None:
-        """Releases the primary context; may be called again. Free everything before."""
+        """Releases the primary context; any thread may call it, and again. Free everything before."""
         ...
 
 
@@ -154,8 +159,8 @@ def open_device(ordinal: int = 0, *, layer: str | None = None) -> Device:
 
     Args:
         ordinal: Which one, in the driver's order.
-        layer: A name of `LAYERS`. None takes the environment variable EDGEAD_CUDA, else the first one that
-            is installed.
+        layer: A name of `LAYERS`. None takes the environment variable EDGEAD_CUDA, else the first one
+            that is installed.
 
     Raises:
         BackendError: No layer is installed, the name is unknown, or there is no driver or no such GPU.
