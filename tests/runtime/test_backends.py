@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2}
 CALIBRATION = np.array([2.0, 1.0, -0.05], np.float32)
 
 
+# The contract of a back end: test_tensorrt.py and test_torch_cuda.py run it, too, with a `backend` of
+# their own.
+CPU_BACKENDS = ("onnxruntime", "openvino")
+
+
 def need(name: str) -> None:
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[Backend]:
     need(request.param)
     opened = open_backend(Bundle.open(tiny_bundle), request.param, threads=1)
@@ -49,7 +55,7 @@ def run(
 
 def test_names_and_specs(backend: Backend) -> None:
     assert backend.name in BACKENDS
-    assert backend.precision in ("fp32", "bf16")
+    assert backend.precision in ("fp32", "bf16", "fp16")
     assert backend.inputs == {
         "image": TensorSpec("image", "uint8", (None, 64, 64, 3)),
         "calibration": TensorSpec("calibration", "float32", (3,)),
@@ -115,6 +121,19 @@ def test_any_memory_layout(
     assert np.array_equal(scores, plain_scores) and np.array_equal(maps, plain_maps)
 
 
+def test_any_thread_may_call(backend: Backend, tiny: Any) -> None:
+    images = tiny.frames(8, spots=True)
+    expected = [run(backend, image[None])[0][0] for image in images]
+    assert len({*map(float, expected)}) == 8  # a score of another thread's image would show
+
+    def work(index: int) -> list[float]:
+        return [float(run(backend, images[index : index + 1])[0][0]) for _ in range(50)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for index, scores in enumerate(pool.map(work, range(8))):
+            assert scores == pytest.approx([expected[index]] * 50, abs=1e-6)
+
+
 GOOD = np.zeros((2, 64, 64, 3), np.uint8)
 
 
@@ -148,7 +167,7 @@ def test_wrong_inputs(inputs: dict[str, Any], message: str, backend: Backend) ->
     run(backend, GOOD)  # still usable
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_close(name: str, tiny_bundle: Path) -> None:
     need(name)
     backend = open_backend(Bundle.open(tiny_bundle), name, threads=1)
@@ -174,7 +193,7 @@ def test_two_at_once(backend: Backend, tiny: Any, tmp_path: Path) -> None:
 # --- graphs that do not fit their manifest
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
@@ -220,7 +239,7 @@ def test_another_input_size_is_fine_if_both_agree(
         outputs={"score": OutputSpec(shape=("N",)), "anomaly_map": OutputSpec(shape=("N", 32, 32))},
     )
     bundle = Bundle.open(path)
-    for name in BACKENDS:
+    for name in CPU_BACKENDS:
         need(name)
         assert replay(open_backend(bundle, name, threads=1), bundle).ok
 
@@ -236,7 +255,7 @@ def test_wrong_number_of_threads(threads: Any, tiny_bundle: Path) -> None:
 
 def test_unknown_name(tiny_bundle: Path) -> None:
     with pytest.raises(
-        BackendError, match="'tensorflow' is unknown; choose one of auto, onnxruntime, openvino"
+        BackendError, match=f"'tensorflow' is unknown; choose one of auto, {', '.join(BACKENDS)}"
     ):
         open_backend(Bundle.open(tiny_bundle), "tensorflow")
 
