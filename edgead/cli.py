@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgead import __version__, commands
+from edgead import __version__, commands, device_commands
 from edgead.errors import EdgeADError
 
 METHODS = ("efficientad-s", "efficientad-m")
+BACKENDS = ("tensorrt", "tensorrt-rtx", "torch-cuda", "openvino", "onnxruntime")
 _EXTRA = {  # module that is missing -> extra that brings it
     "torch": "train",
     "safetensors": "train",
@@ -66,7 +68,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"edgead {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = _adder(subparsers)
+    _add_training_commands(command)
+    _add_bundle_commands(command)
+    _add_inspection_commands(command)
+    _add_build(command)
+    _add_doctor(command)
+    text = "Show or tidy the engines that were built on this device."
+    engines = subparsers.add_parser("engines", help=text, description=text)
+    _add_engine_commands(_adder(engines.add_subparsers(dest="verb", required=True, metavar="VERB")))
+    return parser
 
+
+def _adder(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> _Command:
     def command(
         name: str, run: Callable[[argparse.Namespace], int | None], text: str
     ) -> argparse.ArgumentParser:
@@ -76,10 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is chosen and why")
         return sub
 
-    _add_training_commands(command)
-    _add_bundle_commands(command)
-    _add_inspection_commands(command)
-    return parser
+    return command
 
 
 def _add_training_commands(command: _Command) -> None:
@@ -178,6 +189,64 @@ def _add_inspection_commands(command: _Command) -> None:
     sub.add_argument("--html", type=Path, metavar="FILE")
 
 
+def _add_build(command: _Command) -> None:
+    sub = command("build", device_commands.build, "Build the TensorRT engine of a bundle.")
+    _add_flavour(sub)
+    sub.add_argument(
+        "--target",
+        type=_targets,
+        default="current",
+        metavar="SM,...",
+        help="current (the GPU at hand), or capabilities such as sm86,sm89; other than the current one "
+        "with tensorrt-rtx only (default: current)",
+    )
+    sub.add_argument(
+        "--batch",
+        type=_batches,
+        metavar="N,...",
+        help="batch sizes to build for, such as 1,4,16 (default: 1, or those of the engine before)",
+    )
+    sub.add_argument(
+        "--workspace", type=int, metavar="MiB", help="limit for scratch memory (default: the device's)"
+    )
+    sub.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="kernel times to reuse; classic TensorRT only"
+    )
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="write engine and sidecar here, not to the cache"
+    )
+
+
+def _add_doctor(command: _Command) -> None:
+    sub = command("doctor", device_commands.doctor, "Look this box over: driver, libraries, clocks.")
+    sub.add_argument(
+        "bundle",
+        type=Path,
+        nargs="?",
+        metavar="X.edgead",
+        help="also say which back end this bundle gets here and why",
+    )
+    sub.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _add_engine_commands(command: _Command) -> None:
+    command("list", device_commands.list_engines, "List the engines in the cache of this device.")
+
+    sub = command("prune", device_commands.prune_engines, "Delete engines that are of no more use.")
+    sub.add_argument("--all", action="store_true", help="delete every engine")
+    sub.add_argument("--dry-run", action="store_true", help="only tell what would be deleted")
+
+    sub = command(
+        "report", device_commands.report_engine, "Show layers, precisions and memory of an engine."
+    )
+    _add_flavour(sub)
+
+
+def _add_flavour(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("bundle", type=Path, metavar="X.edgead")
+    sub.add_argument("--backend", choices=("auto", "tensorrt", "tensorrt-rtx"), default="auto")
+
+
 def _add_training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -186,7 +255,7 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
 def _add_bundle(sub: argparse.ArgumentParser, *, backend: bool = True) -> None:
     sub.add_argument("bundle", type=Path, metavar="X.edgead")
     if backend:
-        sub.add_argument("--backend", choices=("auto", "onnxruntime", "openvino"), default="auto")
+        sub.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
         sub.add_argument("--threads", type=int, help="threads per inference (default: the back end's)")
 
 
@@ -194,6 +263,22 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 on")
     return int(text)
+
+
+def _targets(text: str) -> list[str]:
+    targets = text.lower().split(",")
+    if not all(re.fullmatch(r"current|sm\d{2,3}", target) for target in targets):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write current, or compute capabilities such as sm86 or sm86,sm89,sm120"
+        )
+    return list(dict.fromkeys(targets))
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r}: write batch sizes such as 1 or 1,4,16")
+    return tuple(map(int, sizes))
 
 
 def _frame(text: str) -> tuple[int, int]:
