@@ -26,6 +26,7 @@ from edgead.benchmarks.timing import Timing, interleave
 from edgead.bundle import Bundle, Golden, write_bundle
 from edgead.detector import Detector, load
 from edgead.export.graph import MergedGraph
+from edgead.export.pack import DTYPES
 from edgead.export.to_onnx import to_onnx
 from edgead.manifest import Calibration, InputSpec, Manifest, OutputSpec, Threshold
 from edgead.models.efficientad import EfficientAD, anomaly_map, normalise
@@ -48,8 +49,12 @@ print(json.dumps(result))
 """
 
 
-def random_bundle(path: Path) -> EfficientAD:
-    """Write a bundle with seeded random weights; returns the networks in it."""
+def random_bundle(path: Path, *, precision: str = "fp32") -> EfficientAD:
+    """Write a bundle with seeded random weights; returns the networks in it, FP32.
+
+    Args:
+        precision: "fp32" or "fp16", of the weights and convolutions in the graph.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(PDN("s"), seed=0).eval()
@@ -61,7 +66,7 @@ def random_bundle(path: Path) -> EfficientAD:
     manifest = Manifest(
         method="efficientad-s",
         name="random weights",
-        precision="fp32",
+        precision=precision,
         input=InputSpec(height=256, width=256),
         outputs={"score": OutputSpec(shape=("N",)), "anomaly_map": OutputSpec(shape=("N", 64, 64))},
         calibration=Calibration(
@@ -70,7 +75,7 @@ def random_bundle(path: Path) -> EfficientAD:
         threshold=Threshold(value=score / 2, basis="none: random weights"),
     )
     golden = Golden(image, np.array([score], np.float32), maps)
-    write_bundle(path, manifest, to_onnx(MergedGraph(model)), golden)
+    write_bundle(path, manifest, to_onnx(MergedGraph(model, dtype=DTYPES[precision])), golden)
     return model
 
 

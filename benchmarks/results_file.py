@@ -11,11 +11,12 @@ from typing import Any
 
 from edgead import machine
 from edgead.files import write_text
-from edgead.training.run import git_commit
 
 
 def write_results(path: Path, name: str, results: dict[str, Any]) -> None:
     """Write `results` with date, commit and machine, atomically."""
+    from edgead.training.run import git_commit  # needs torch, which who only wants a table may lack
+
     header = {
         "benchmark": name,
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
