@@ -47,9 +47,9 @@ class MergedGraph(nn.Module):
         teacher, student, autoencoder = model.teacher, model.student, model.autoencoder
         self.size, self.dtype, self.frame = model.size, dtype, frame
         if frame is not None:
-            self.register_buffer("rows", torch.from_numpy(resize_matrix(frame[0], IMAGE_PX)))
-            columns = torch.from_numpy(resize_matrix(frame[1], IMAGE_PX)).T.contiguous()
-            self.register_buffer("columns", columns)
+            for name, side in zip(("rows", "columns"), frame, strict=True):
+                matrix = torch.from_numpy(resize_matrix(side, IMAGE_PX))
+                self.register_buffer(name, matrix[:, :, None, None])
 
         # The PDNs have no padding, so (x / 255 - mean) / std folds into their first convolution as a
         # whole.
@@ -96,12 +96,21 @@ class MergedGraph(nn.Module):
         Returns:
             score float32 [N] and anomaly_map float32 [N, 64, 64].
         """
-        x = image.float().permute(0, 3, 1, 2)  # cast first: TensorRT refuses to transpose uint8
+        x = image.float()  # cast first: TensorRT refuses to transpose uint8
         if self.frame is not None:
-            x = torch.round(self.rows @ (x @ self.columns))
-        local, logical = self._differences(x)
+            x = self.resize(x)
+        local, logical = self._differences(x.permute(0, 3, 1, 2))
         maps = anomaly_map(local.square().mean(1), logical.square().mean(1), calibration)
         return anomaly_score(maps), maps
+
+    def resize(self, frames: Tensor) -> Tensor:
+        """What `edgead.image.resize` does: float32 [N, H, W, 3] to whole numbers [N, 256, 256, 3].
+
+        The two products with a matrix are convolutions, because TensorRT for RTX has no float32 products
+        for Turing.
+        """
+        wide = F.conv2d(frames.permute(0, 2, 1, 3), self.columns)  # N, 256 columns, H, 3
+        return torch.round(F.conv2d(wide.permute(0, 2, 1, 3), self.rows))
 
     def _differences(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher minus student and autoencoder minus student, float32 [N, 384, 56, 56].
