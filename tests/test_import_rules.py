@@ -20,7 +20,7 @@ DEVICE = ("errors", "files", "image", "manifest", "bundle", "result", "runtime")
 # Module (and what is below it, unless it has its own line) -> what it may import of edgead.
 # None: everything but the command line.
 ALLOWED: dict[str, tuple[str, ...] | None] = {
-    "": ("errors", "result", "bundle", "detector"),
+    "": ("errors", "result", "bundle", "detector", "runtime.executor"),
     "errors": (),
     "files": (),
     "image": ("errors", "files"),
@@ -31,9 +31,17 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "runtime": DEVICE,
     "runtime.tensorrt": (*DEVICE, "flavour"),
     "runtime.open_tensorrt": (*DEVICE, "flavour", "engines.prepare"),  # builds a missing engine
-    "detector": DEVICE,
+    "runtime.executor": (*DEVICE, "judge"),
+    "runtime.worker": (*DEVICE, "judge"),
+    "judge": ("errors", "image", "manifest", "result"),
+    "detector": (*DEVICE, "judge"),
     "metrics": ("errors",),
     "machine": ("errors",),
+    "jetson": (),
+    "gpu_state": ("jetson",),
+    "doctor": (*DEVICE, "doctor", "machine", "jetson", "gpu_state", "flavour"),
+    "doctor.child": (*DEVICE, "doctor", "machine", "gpu_state", "flavour", "engines"),
+    "doctor.system": ("doctor", "engines.cache"),
     "evaluate": (*DEVICE, "detector", "metrics", "machine", "training.data"),
     "report": (*DEVICE, "detector", "metrics", "machine", "evaluate", "training.data"),
     "models": ("errors", "files", "models"),
@@ -52,22 +60,43 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "export",
     ),
     "export.parity": ("errors", "image", "bundle", "models", "training.data", "runtime"),
-    "engines": ("errors", "manifest", "bundle", "engines"),
+    "flavour": ("errors",),
+    "engine": ("errors", "flavour"),
+    "engines": (
+        "errors",
+        "files",
+        "manifest",
+        "bundle",
+        "flavour",
+        "engine",
+        "engines",
+        "runtime.cuda",
+    ),
     "benchmarks": None,
 }
 # May import everything, but inside functions, so that --help is quick and works with the core alone.
-COMMAND_LINE = ("cli", "commands", "demo", "__main__")
+COMMAND_LINE = ("cli", "commands", "device_commands", "demo", "__main__")
 
 # Library -> modules that may import it. "(lazy)": inside functions only.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("models", "training", "export", "benchmarks"),
+    "torch": (
+        "models",
+        "training",
+        "export",
+        "benchmarks",
+        "runtime.torch_cuda (lazy)",
+        "runtime.torch_slot",  # these two are imported by runtime.torch_cuda alone, in its functions
+        "runtime.onnx_torch",
+    ),
     "torchvision": ("training", "benchmarks"),
-    "onnx": ("export", "benchmarks"),
+    "onnx": ("export", "benchmarks", "runtime.onnx_file (lazy)"),
     "onnxruntime": ("runtime.ort", "export.parity", "benchmarks"),
     "openvino": ("runtime.openvino", "benchmarks"),
-    "tensorrt": ("runtime.tensorrt", "engines", "benchmarks"),
+    "tensorrt": ("flavour", "benchmarks"),
+    "tensorrt_rtx": ("flavour", "benchmarks"),
     "cuda": ("runtime.cuda", "engines"),
     "pycuda": ("runtime.cuda", "engines"),
+    "pynvml": ("gpu_state (lazy)",),
     "cv2": ("image", "training", "benchmarks", "metrics (lazy)", "report (lazy)"),
     "pickle": ("models.files",),  # for the name of the error that torch.load(weights_only=True) raises
     **dict.fromkeys(("marshal", "shelve", "dill", "joblib", "cloudpickle"), ()),
@@ -186,6 +215,8 @@ def test_import_directions(module: str) -> None:
     [
         ("bundle", "from edgead.runtime import replay"),
         ("runtime.ort", "from edgead.detector import Detector"),
+        ("runtime.ort", "from edgead.judge import Judge"),
+        ("runtime.executor", "from edgead.detector import Detector"),
         ("runtime.ort", "def f():\n    from edgead.models import pdn"),
         ("runtime.ort", "from edgead import load"),
         ("runtime.ort", "import torch"),

@@ -33,6 +33,9 @@ def test_there_are_commands_for_the_whole_path() -> None:
         "verify",
         "set-threshold",
         "distill",
+        "doctor",
+        "build",
+        "engines",
     }
 
 
@@ -45,7 +48,8 @@ def test_make_targets_and_files_that_it_names_exist() -> None:
         "CHANGELOG.md",
         "edgead/weights/pdn_small.md",
         "edgead/bundle.py",
-        "export/to_onnx.py",
+        "docs/boxes.md",
+        "docs/runtime.md",
     ):
         assert name in README and (ROOT / name).is_file()
 
