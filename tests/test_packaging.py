@@ -28,6 +28,8 @@ NEEDS_EXTRAS = (
     "edgead.export",
     "edgead.benchmarks",
     "edgead.runtime.openvino",
+    "edgead.runtime.onnx_torch",
+    "edgead.runtime.torch_slot",
 )
 WITHOUT_TORCH = ("edgead.training.data", "edgead.training.demo_data")
 

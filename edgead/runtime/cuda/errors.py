@@ -154,6 +154,6 @@ def cuda_error(call: str, code: int, *, name: str | None = None, text: str | Non
 def no_driver(detail: object) -> BackendError:
     """The error for a machine without libcuda."""
     return BackendError(
-        f"the CUDA driver (libcuda.so.1) cannot be loaded: {detail}. {_UPDATE}; without a GPU use "
-        'backend="onnxruntime"'
+        f"the CUDA driver (libcuda.so.1) cannot be loaded: {str(detail).rstrip('.')}. {_UPDATE}; without a "
+        'GPU use backend="onnxruntime"'
     )
