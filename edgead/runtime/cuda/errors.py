@@ -153,7 +153,8 @@ def cuda_error(call: str, code: int, *, name: str | None = None, text: str | Non
 
 def no_driver(detail: object) -> BackendError:
     """The error for a machine without libcuda."""
+    reason = str(detail).rstrip(".")
     return BackendError(
-        f"the CUDA driver (libcuda.so.1) cannot be loaded: {str(detail).rstrip('.')}. {_UPDATE}; without a "
-        'GPU use backend="onnxruntime"'
+        f"the CUDA driver (libcuda.so.1) cannot be loaded: {reason}. {_UPDATE}; without a GPU use "
+        'backend="onnxruntime"'
     )
