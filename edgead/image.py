@@ -62,6 +62,11 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     return cv2.cvtColor(_decode(Path(path)), cv2.COLOR_BGR2RGB)
 
 
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """As `read_image`, for the content of a file that is in memory; errors call it `name`."""
+    return cv2.cvtColor(_decode_bytes(data, name, to_8_bits=True), cv2.COLOR_BGR2RGB)
+
+
 def read_mask(path: str | os.PathLike[str], *, above: int = 127) -> np.ndarray:
     """Reads a defect mask.
 
@@ -151,7 +156,10 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
 
 def _decode(path: Path, *, to_8_bits: bool = True) -> np.ndarray:
     """File -> HWC BGR, uint8, or uint16 where the file has it and `to_8_bits` is off."""
-    data = _read_bytes(path)
+    return _decode_bytes(_read_bytes(path), path, to_8_bits=to_8_bits)
+
+
+def _decode_bytes(data: bytes, path: Path | str, *, to_8_bits: bool) -> np.ndarray:
     kind = _checked_format(path, data)
     encoded = np.frombuffer(data, np.uint8)
     try:
@@ -188,7 +196,7 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _checked_format(path: Path, data: bytes) -> str:
+def _checked_format(path: Path | str, data: bytes) -> str:
     """Name of the file's format, after the checks that come before decoding."""
     import imagesize  # here, because it loads urllib and xml, which a camera line does not need
 

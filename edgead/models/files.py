@@ -7,10 +7,13 @@ key and shape has to match; what is missing, surplus or mis-shaped is listed in 
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,12 @@ from edgead.errors import WeightsError
 from edgead.files import whole_file
 from edgead.models.mobilenet import MobileNetV2
 from edgead.models.pdn import FEATURES, PDN, Size
+from edgead.models.resnet import ResNet
+
+log = logging.getLogger(__name__)
+
+DIRECTIONS = ("directions", "energy")
+"""Optional tensors of a teacher file: principal directions of its normalised features, their energy."""
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
 _PREFIXES = ("module.", "model.", "backbone.", "encoder.", "teacher.", "pdn.")
@@ -127,6 +136,8 @@ def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, Weigh
     """
     path = Path(path)
     state, metadata = read_state_dict(path)
+    for key in DIRECTIONS:
+        state.pop(key, None)
     first, layout = (
         ("conv1.weight", "conv1..") if "conv1.weight" in state else ("0.weight", "nelson1425")
     )
@@ -149,14 +160,71 @@ def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, Weigh
     return teacher.eval().requires_grad_(False), WeightsInfo(path.name, sha256(path), layout, metadata)
 
 
+def load_directions(path: Path | str) -> tuple[Tensor, Tensor] | None:
+    """Principal directions that come with a teacher file; None if it has none.
+
+    Returns:
+        directions float32 [384, 384] (columns, by falling energy), energy float32 [384] (shares of 1).
+
+    Raises:
+        WeightsError: the file has them in other shapes.
+    """
+    state, _ = read_state_dict(path)
+    if not set(DIRECTIONS) & set(state):
+        return None
+    shapes = [tuple(state[key].shape) if key in state else None for key in DIRECTIONS]
+    if shapes != [(FEATURES, FEATURES), (FEATURES,)]:
+        raise WeightsError(
+            f"{path}: directions and energy have shapes {shapes[0]} and {shapes[1]},"
+            f" expected {(FEATURES, FEATURES)} and {(FEATURES,)}; distil the teacher again"
+        )
+    return state["directions"], state["energy"]
+
+
 def load_mobilenet(path: Path | str) -> tuple[MobileNetV2, WeightsInfo]:
     """The frozen MobileNetV2 of a file with folded batch norms (see `edgead.models.mobilenet`)."""
     state, metadata = read_state_dict(path)
-    network = MobileNetV2()
+    return _filled(MobileNetV2(), "mobilenet_v2", state, metadata, Path(path))
+
+
+def load_backbone(path: Path | str) -> tuple[MobileNetV2 | ResNet, WeightsInfo]:
+    """A frozen source network for distillation, recognised by its keys and shapes.
+
+    MobileNetV2 as `load_mobilenet`, or any ResNet or Wide ResNet in torchvision's (and timm's) layout;
+    of these the classifier and the last stage may be missing.
+
+    Raises:
+        WeightsError: neither of them, or something is missing, surplus or mis-shaped.
+    """
+    path = Path(path)
+    state, metadata = read_state_dict(path)
+    if "stem.weight" in state:
+        return _filled(MobileNetV2(), "mobilenet_v2", state, metadata, path)
+    network = ResNet.of_state_dict(state)
+    if network is None:
+        raise WeightsError(
+            f"{path} is no backbone that can be told by its keys: expected stem.weight (MobileNetV2) or"
+            f" conv1.weight of shape (64, 3, 7, 7) (ResNet), got {', '.join(list(state)[:5])}; other"
+            " networks go through edgead.training.targets.Source"
+        )
+    counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+    filled, info = _filled(network, network.name, counters | state, metadata, path)
+    ending = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if ending and not info.sha256.startswith(ending[1]):
+        log.warning("%s: its SHA-256 begins with %s, not with what its name says: changed or damaged?",
+                    path, info.sha256[:8])  # fmt: skip
+    return filled, info
+
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def _filled(
+    network: _Network, layout: str, state: Mapping[str, Tensor], metadata: dict[str, str], path: Path
+) -> tuple[_Network, WeightsInfo]:
     load_strict(network, state, path)
-    return network.eval().requires_grad_(False), WeightsInfo(
-        Path(path).name, sha256(path), "mobilenet_v2", metadata
-    )
+    info = WeightsInfo(path.name, sha256(path), layout, metadata)
+    return network.eval().requires_grad_(False), info
 
 
 def save_safetensors(

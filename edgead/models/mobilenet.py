@@ -69,7 +69,7 @@ class MobileNetV2(nn.Module):
         Args:
             x: RGB in [-1, 1], float [N, 3, H, W].
             names: "blocks.5" (the block's output), "blocks.5.depthwise" or "blocks.6.expand" (after
-                ReLU6).
+                ReLU6), "blocks.5.depthwise.linear" or "blocks.6.expand.linear" (before ReLU6).
 
         Returns:
             name -> [N, C, h, w]; nothing beyond the deepest named tap is computed.
@@ -79,10 +79,10 @@ class MobileNetV2(nn.Module):
         for index, block in enumerate(self.blocks):
             y = x
             if index > 0:
-                y = F.relu6(block.expand(y))
-                found[f"blocks.{index}.expand"] = y
-            y = F.relu6(block.depthwise(y))
-            found[f"blocks.{index}.depthwise"] = y
+                found[f"blocks.{index}.expand.linear"] = y = block.expand(y)
+                found[f"blocks.{index}.expand"] = y = F.relu6(y)
+            found[f"blocks.{index}.depthwise.linear"] = y = block.depthwise(y)
+            found[f"blocks.{index}.depthwise"] = y = F.relu6(y)
             y = block.project(y)
             x = x + y if block.residual else y
             found[f"blocks.{index}"] = x

@@ -47,9 +47,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or cpu_has_bf16() else torch.float32
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Convolutions in `compute_dtype`, parameters and losses in float32."""
-    dtype = compute_dtype(device)
+def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[object]:
+    """Convolutions in `dtype` (default: `compute_dtype`), parameters and losses in float32."""
+    dtype = dtype or compute_dtype(device)
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 

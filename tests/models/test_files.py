@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from edgead.errors import WeightsError
-from edgead.models.files import load_mobilenet, load_teacher, read_state_dict, save_safetensors
+from edgead.models.files import (
+    load_directions,
+    load_mobilenet,
+    load_teacher,
+    read_state_dict,
+    save_safetensors,
+)
 from edgead.models.pdn import PDN
 
 INDICES = {"s": ("0", "3", "6", "8"), "m": ("0", "3", "6", "8", "10", "12")}
@@ -51,6 +57,22 @@ def test_fp16_files_become_fp32(tmp_path: Path) -> None:
     save_safetensors(path, {k: v.half() for k, v in PDN("s").state_dict().items()}, {})
     teacher, _ = load_teacher(path)
     assert all(p.dtype == torch.float32 for p in teacher.parameters())
+
+
+def test_directions_come_with_a_teacher_or_not_at_all(tmp_path: Path, random_teacher: Path) -> None:
+    assert load_directions(random_teacher) is None
+    state = PDN("s").state_dict()
+    extra = {"directions": torch.eye(384).flip(0), "energy": torch.full((384,), 1 / 384)}
+    path = tmp_path / "t.safetensors"
+    save_safetensors(path, state | extra, {})
+    assert load_teacher(path)[0].size == "s"
+    found = load_directions(path)
+    assert found is not None
+    assert torch.equal(found[0], extra["directions"]) and torch.equal(found[1], extra["energy"])
+    for wrong in ({"directions": torch.eye(64), "energy": torch.ones(64)}, {"energy": extra["energy"]}):
+        save_safetensors(path, state | wrong, {})
+        with pytest.raises(WeightsError, match="directions and energy have shapes"):
+            load_directions(path)
 
 
 def test_pickled_module_is_refused_without_running_it(tmp_path: Path) -> None:

@@ -1,54 +1,30 @@
-"""Distillation: the aggregation of targets against its literal definition, and a small real run."""
+"""Distillation: small real runs, interrupted, in two processes, from shards, and what they write."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from edgead.cli import build_parser
 from edgead.errors import DataError, TrainingError
-from edgead.models.files import load_teacher, save_safetensors
+from edgead.image import list_images
+from edgead.models.files import load_directions, load_teacher, save_safetensors
 from edgead.models.mobilenet import MobileNetV2
-from edgead.training.distill import (
-    Crops,
-    DistillConfig,
-    aggregation_kernel,
-    distill,
-    pooling_matrix,
-)
-
-
-@pytest.mark.parametrize(("n", "m"), [(2048, 384), (1728, 1024), (5, 3), (3, 5)])
-def test_pooling_matrix_is_adaptive_average_pooling(n: int, m: int) -> None:
-    x = torch.rand(4, n, dtype=torch.float64)
-    torch.testing.assert_close(x @ pooling_matrix(n, m).T, F.adaptive_avg_pool1d(x, m))
-
-
-def literal_aggregation(fine: Tensor, coarse: Tensor) -> Tensor:
-    """PatchCore's aggregation as published: unfold 3x3, resize, pool to 1024 each, join, pool to 384."""
-    levels = []
-    for level in (fine, coarse):
-        n, c, h, w = level.shape
-        patches = F.unfold(level, 3, padding=1).view(n, 9 * c, h, w)  # order (c, ky, kx)
-        patches = F.interpolate(patches, size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        flat = patches.permute(0, 2, 3, 1).reshape(-1, 1, 9 * c)
-        levels.append(F.adaptive_avg_pool1d(flat, 1024))
-    joined = F.adaptive_avg_pool1d(torch.cat(levels, 2), 384)
-    return joined.view(fine.shape[0], *fine.shape[-2:], 384).permute(0, 3, 1, 2)
-
-
-def test_one_convolution_per_level_equals_the_literal_aggregation() -> None:
-    fine, coarse = torch.rand(1, 192, 8, 8), torch.rand(1, 576, 4, 4)
-    a = F.conv2d(fine, aggregation_kernel(192, 0), padding=1)
-    b = F.interpolate(
-        F.conv2d(coarse, aggregation_kernel(576, 1), padding=1), size=(8, 8), mode="bilinear"
-    )
-    expected = literal_aggregation(fine, coarse)
-    torch.testing.assert_close(torch.cat([a, b], 1), expected, atol=1e-6, rtol=1e-5)
+from edgead.models.resnet import ResNet
+from edgead.training.distill import DistillConfig, distill
+from edgead.training.targets import Source
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +41,29 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-CONFIG = DistillConfig(steps=4, batch=1, held_out=0.2, checkpoint_s=0.0)
+CONFIG = DistillConfig(steps=4, batch=1, side_px=64, held_out=0.2, checkpoint_s=0.0)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_teacher(path)[0].state_dict())
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, backbone: Path, natural_images: Path
 ) -> None:
-    seen: list[float] = []
+    seen: list[tuple[int, float]] = []
     whole = tmp_path / "whole.safetensors"
     result = distill(
-        natural_images, backbone, whole, CONFIG, progress=lambda s, n, loss: seen.append(loss)
+        natural_images, backbone, whole, CONFIG, progress=lambda s, f, loss: seen.append((s, f))
     )
-    assert len(seen) == result.steps == 4 and result.images == 6
+    assert seen == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+    assert result.steps == 4 and result.images == 6
     assert 0.1 < result.loss < 10 and 0.1 < result.held_out_loss < 10  # targets have variance 1
 
     class Stop(Exception):
         pass
 
-    def stop(step: int, steps: int, loss: float) -> None:
+    def stop(step: int, fraction: float, loss: float) -> None:
         if step == 3:
             raise Stop
 
@@ -91,42 +72,235 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         distill(natural_images, backbone, resumed, CONFIG, progress=stop)
     assert not resumed.exists() and (tmp_path / "resumed.safetensors.checkpoint").exists()
     with pytest.raises(TrainingError, match="other settings.*batch: 1 then, 2 now"):
-        other = DistillConfig(steps=4, batch=2, held_out=0.2, checkpoint_s=0.0)
-        distill(natural_images, backbone, resumed, other, resume=True)
+        distill(natural_images, backbone, resumed, replace(CONFIG, batch=2), resume=True)
     steps: list[int] = []
-    distill(
+    again = distill(
         natural_images, backbone, resumed, CONFIG,
-        resume=True, progress=lambda s, n, loss: steps.append(s),
+        resume=True, progress=lambda s, f, loss: steps.append(s),
     )  # fmt: skip
     assert steps == [3, 4]  # the checkpoint of step 2 was the last one written
-    a, b = load_teacher(whole)[0].state_dict(), load_teacher(resumed)[0].state_dict()
+    assert (again.loss, again.held_out_loss) == (result.loss, result.held_out_loss)
+    a, b = weights(whole), weights(resumed)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not (tmp_path / "resumed.safetensors.checkpoint").exists()
-    assert load_teacher(whole)[1].metadata["taps"] == "blocks.5.depthwise, blocks.12.depthwise"
+    metadata = load_teacher(whole)[1].metadata
+    assert metadata["taps"] == "blocks.5.depthwise, blocks.12.depthwise"
+    assert json.loads(metadata["crop"]) == [0.55, 1.0]
+
+    curves = [
+        json.loads((tmp_path / f"{n}.safetensors.loss.json").read_text()) for n in ("whole", "resumed")
+    ]
+    points, others = ([{**p, "seconds": 0} for p in curve["points"]] for curve in curves)
+    assert points == others and [p["step"] for p in points] == [1, 2, 3, 4]
+    assert points[-1]["held_out_loss"] == result.held_out_loss
+    assert curves[0]["settings"]["backbone_sha256"] == metadata["backbone_sha256"]
+    pytest.importorskip("matplotlib", reason="no picture of the loss without matplotlib")
+    assert (tmp_path / "whole.safetensors.loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_crops_depend_on_seed_step_and_position_alone(natural_images: Path) -> None:
-    paths = sorted(natural_images.iterdir())
-    a, b = Crops(paths, seed=1), Crops(paths, seed=1)
-    list(b.batches(0, 2, 2))
-    assert np.array_equal(a(5, 1), b(5, 1))
-    assert a(5, 1).shape == (512, 512, 3) and a(5, 1).dtype == np.uint8
-    assert not np.array_equal(a(5, 1), a(5, 0))
-    assert not np.array_equal(a(5, 1), Crops(paths, seed=2)(5, 1))
-
-
-def test_damaged_images_are_passed_over_and_a_folder_of_them_is_an_error(
-    tmp_path: Path, natural_images: Path, caplog: pytest.LogCaptureFixture
+def test_directions_are_those_of_the_written_teacher(
+    tmp_path: Path, backbone: Path, natural_images: Path
 ) -> None:
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes(b"no picture")
-    good = sorted(natural_images.iterdir())[0]
-    assert Crops([bad, good], seed=0)(0, 0).shape == (512, 512, 3)
-    with pytest.raises(DataError, match="20 images in a row"):
-        Crops([bad], seed=0)(0, 0)
-    assert "passed over" in caplog.text
+    path = tmp_path / "t.safetensors"
+    distill(natural_images, backbone, path, replace(CONFIG, steps=1))
+    found = load_directions(path)
+    assert found is not None
+    directions, energy = found
+    torch.testing.assert_close(directions.T @ directions, torch.eye(384), atol=1e-4, rtol=0)
+    assert (energy.diff() <= 0).all() and abs(float(energy.sum()) - 1) < 1e-4
+    # features of such smooth pictures are few-dimensional
+    assert float(energy[:64].sum()) > 0.9
+
+
+def test_two_processes_make_the_teacher_of_one(
+    tmp_path: Path, backbone: Path, natural_images: Path
+) -> None:
+    config = replace(CONFIG, steps=3, batch=2, precision="fp32", whiten=0.5)
+    alone = tmp_path / "alone.safetensors"
+    expected = distill(natural_images, backbone, alone, config, device="cpu")
+    program = (
+        "import sys, torch\n"
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from edgead.training.distill import DistillConfig, distill\n"
+        "torch.set_num_threads(1)\n"
+        f"config = {config!r}\n"
+        "out = Path(sys.argv[3])\n"
+        "r = distill(Path(sys.argv[1]), Path(sys.argv[2]), out, config, device='cpu')\n"
+        "print(r.loss, r.held_out_loss)\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folders = [tmp_path / f"rank{rank}" for rank in range(2)]  # each its own: who writes can be seen
+    processes = []
+    for rank, folder in enumerate(folders):
+        environment = {  # what torchrun sets
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", program, natural_images, backbone, folder / "t.safetensors"]
+        processes.append(
+            subprocess.Popen(
+                [str(part) for part in command],
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        losses = [float(word) for word in out.split()]
+        # FP32 sums in another order
+        assert losses == pytest.approx([expected.loss, expected.held_out_loss], rel=1e-3)
+    assert sorted(path.name for path in folders[0].glob("*.safetensors")) == ["t.safetensors"]
+    assert [path for path in folders[1].rglob("*") if path.is_file()] == []
+    a, b = weights(alone), weights(folders[0] / "t.safetensors")
+    # three steps of AdamW at up to 3e-5 move a weight by up to 1e-4; FP16 stores 1e-3 of its size
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], atol=3e-5, rtol=2e-3)
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
+    from edgead.training.group import Group
+
+    assert list(Group(1, 3).share(6)) == [2, 3]
+    with pytest.raises(TrainingError, match="--batch 8 counts the images of all 3 processes"):
+        Group(1, 3).share(8)
+
+
+def test_shards_give_what_their_folder_gives(
+    tmp_path: Path, backbone: Path, natural_images: Path
+) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w") as file:
+        for path in list_images(natural_images):
+            file.add(path, path.name)
+    config = replace(CONFIG, steps=1)
+    results = [
+        distill(images, backbone, tmp_path / f"{name}.safetensors", config)
+        for name, images in {"tar": tmp_path / "set.tar", "folder": natural_images}.items()
+    ]
+    assert results[0].held_out_loss == results[1].held_out_loss
+
+
+def test_any_module_and_any_image_set_will_do(tmp_path: Path) -> None:
+    class Noise:
+        def __len__(self) -> int:
+            return 20
+
+        def read(self, index: int) -> np.ndarray:
+            return np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)
+
+    network = torch.nn.Conv2d(3, 10, 8, 8)
+    source = Source(network, lambda images: [network(images).relu()], name="one layer", layers=("a",))
+    out = tmp_path / "t.safetensors"
+    result = distill(Noise(), source, out, replace(CONFIG, steps=1))
+    metadata = load_teacher(out)[1].metadata
+    assert result.images == 20 and (metadata["backbone"], metadata["taps"]) == ("one layer", "a")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": "m"},
+        {"loss": "smooth-l1", "crop": (0.2, 0.9)},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+    ],
+)
+def test_other_settings_train_too(
+    tmp_path: Path, natural_images: Path, changes: dict[str, object]
+) -> None:
+    """With a ResNet of three stages and PDN-S or -M; more steps make the loss fall."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        network = ResNet((1, 1, 1), bottleneck=False, classes=0)
+    save_safetensors(tmp_path / "resnet.safetensors", network.state_dict(), {})
+    config = replace(CONFIG, steps=6, batch=2, learning_rate=0.02, **changes)  # type: ignore[arg-type]
+    out = tmp_path / "t.safetensors"
+    result = distill(natural_images, tmp_path / "resnet.safetensors", out, config)
+    teacher, info = load_teacher(out)
+    assert teacher.size == config.size
+    assert info.metadata["taps"] == "layer2, layer3"
+    points = json.loads((tmp_path / "t.safetensors.loss.json").read_text())["points"]
+    assert result.held_out_loss < points[0]["held_out_loss"]
+
+
+def test_minutes_end_a_run_early_and_its_learning_rate_with_it(
+    tmp_path: Path, backbone: Path, natural_images: Path
+) -> None:
+    fractions: list[float] = []
+    config = replace(CONFIG, steps=10**6, minutes=0.02)
+    result = distill(
+        natural_images, backbone, tmp_path / "t.safetensors", config,
+        progress=lambda s, f, loss: fractions.append(f),
+    )  # fmt: skip
+    assert result.steps == len(fractions) < 10**6
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0 and all(f < 1 for f in fractions[:-1])
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path, backbone: Path) -> None:
     with pytest.raises(DataError, match="holds 0 images"):
         distill(tmp_path, backbone, tmp_path / "t.safetensors", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"minutes": 0.0}, "--minutes 0"),
+        ({"crop": (0.9, 0.5)}, "--crop 0.9 0.5"),
+        ({"crop": (0.5, 1.2)}, "--crop 0.5 1.2"),
+        ({"whiten": 1.5}, "--whiten 1.5"),
+        ({"side_px": 100}, "--side 100"),
+    ],
+)
+def test_settings_out_of_range_are_errors(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        replace(CONFIG, **changes)  # type: ignore[arg-type]
+
+
+def test_help_names_the_true_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["distill", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    config = DistillConfig()
+    for words in (
+        f"training steps (default: {config.steps})",
+        f"of all processes (default: {config.batch})",
+        f"at its highest (default: {config.learning_rate})",
+        "of an image (default: {} {})".format(*config.crop),
+        f"twice as many pixels (default: {config.side_px})",
+        f"what is minimised (default: {config.loss})",
+    ):
+        assert words in text, words
+
+
+def test_commands_of_the_document_parse() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    joined = re.sub(r"\\\n\s+", "", text)
+    commands = re.findall(r"^ {4,}(?:edgead|torchrun .* edgead) (.+)$", joined, re.MULTILINE)
+    assert len(commands) >= 7
+    for command in commands:
+        build_parser().parse_args(shlex.split(command))
+
+
+def test_the_command_takes_all_options(
+    tmp_path: Path, backbone: Path, natural_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgead.cli import main
+
+    out = tmp_path / "t.safetensors"
+    command = (
+        f"distill {natural_images} --backbone {backbone} --out {out} --steps 1 --minutes 5 --batch 1"
+        " --learning-rate 0.0005 --crop 0.4 0.9 --side 64 --whiten 0.3 --loss smooth-l1 --precision fp32"
+        " --layers blocks.6.expand.linear,blocks.12 --seed 3"
+    )
+    assert main(command.split()) == 0
+    assert "PDN-S, 1 steps in" in capsys.readouterr().out
+    metadata = load_teacher(out)[1].metadata
+    assert metadata["taps"] == "blocks.6.expand.linear, blocks.12"
+    found = {key: json.loads(metadata[key]) for key in ("minutes", "crop", "side_px", "whiten", "seed")}
+    assert found == {"minutes": 5.0, "crop": [0.4, 0.9], "side_px": 64, "whiten": 0.3, "seed": 3}
