@@ -1,0 +1,142 @@
+"""The list that `edgead.benchmarks.accuracy` works through: a TOML file, and the jobs that it means.
+
+    [defaults]                      # for every data set; each may name its own
+    method = ["efficientad-s", "efficientad-m"]
+    steps = 2000                    # or minutes; and whatever else `TrainConfig` has
+    seeds = [0, 1, 2]
+    penalty = "photos"              # folder of natural images
+    teacher = "pdn.safetensors"     # default: the one that edgead ships
+    precision = "fp32"
+    backend = "auto"
+
+    [[data]]
+    name = "bottle"
+    path = "mvtec_bottle"
+    published = "mvtec/bottle"      # optional: see `edgead.benchmarks.accuracy_table.PUBLISHED`
+
+A value that is a list is an axis: the jobs are all combinations. Paths are relative to a root.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from edgead.benchmarks.accuracy_table import PUBLISHED
+from edgead.errors import DataError, TrainingError
+from edgead.export.pack import DTYPES
+from edgead.models.pdn import Size
+from edgead.training.fit import TrainConfig
+
+METHODS = tuple(f"efficientad-{size}" for size in get_args(Size))
+_CONFIG = {field.name for field in fields(TrainConfig)} - {"size", "seed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One detector to train and evaluate.
+
+    Attributes:
+        name: Of the data set, in the table.
+        data: Folder of the data set; as `penalty` and `teacher` relative to the root of all paths.
+        config: All fields of `TrainConfig`.
+        penalty: Folder of natural images; None is what `edgead train` does without.
+        teacher: Teacher file; None is the one that ships.
+        precision: Of the bundle.
+        backend: That the bundle is evaluated with.
+        published: Key of the figures to put beside these.
+    """
+
+    name: str
+    data: str
+    config: dict[str, Any]
+    method: str = METHODS[0]
+    penalty: str | None = None
+    teacher: str | None = None
+    precision: str = "fp32"
+    backend: str = "auto"
+    published: str | None = None
+
+
+_OWN = {field.name for field in fields(Job) if field.default is not MISSING} - {"published"}
+
+
+def read_list(path: Path) -> list[Job]:
+    """The jobs of a list, in its order, the seeds of one combination side by side.
+
+    Raises:
+        DataError: the file cannot be read or says something unknown.
+    """
+    content = _parse(path)
+    defaults, data = content.pop("defaults", {}), content.pop("data", [])
+    if content or not isinstance(defaults, dict) or not isinstance(data, list) or not data:
+        raise DataError(
+            f"{path}: expected one table [defaults] and at least one [[data]], nothing else;"
+            f" got {', '.join(content) or 'no [[data]]'}"
+        )
+    jobs = [job for entry in data for job in _jobs(path, defaults, entry)]
+    for index, job in enumerate(jobs):
+        if job in jobs[:index]:
+            raise DataError(f"{path}: {job.name}, seed {job.config['seed']}: the same job twice")
+    return jobs
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ModuleNotFoundError as error:
+            raise DataError(f"{path}: reading TOML on Python 3.10 needs `pip install tomli`") from error
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read this list: {error}") from error
+
+
+def _jobs(path: Path, defaults: dict[str, Any], entry: Any) -> list[Job]:
+    if not isinstance(entry, dict) or not {"name", "path"} <= set(entry):
+        raise DataError(f"{path}: each [[data]] needs a name and a path; got {entry!r}")
+    own = dict(entry)
+    name, data, published = own.pop("name"), own.pop("path"), own.pop("published", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise DataError(f"{path}: the name {name!r}: use letters, digits and . _ - only")
+    where = f"{path}: {name}"
+    if "steps" in own or "minutes" in own:
+        defaults = {key: value for key, value in defaults.items() if key not in ("steps", "minutes")}
+    settings = {**defaults, **own}
+    unknown = sorted(set(settings) - _CONFIG - _OWN - {"seeds"})
+    if unknown:
+        known = ", ".join(sorted(_CONFIG | _OWN | {"seeds"}))
+        raise DataError(f"{where}: {', '.join(unknown)} is unknown; known are {known}")
+    if "steps" in settings and "minutes" in settings:
+        raise DataError(f"{where}: has steps and minutes; choose one")
+    if published is not None and published not in PUBLISHED:
+        raise DataError(f"{where}: no published figures {published!r}; there are {', '.join(PUBLISHED)}")
+    seeds = settings.pop("seeds", TrainConfig.seed)
+    axes = {**settings, "seed": seeds}  # the seed last, so that it varies fastest
+    choices = [value if isinstance(value, list) else [value] for value in axes.values()]
+    return [
+        _job(where, dict(zip(axes, values, strict=True)), name=name, data=data, published=published)
+        for values in itertools.product(*choices)
+    ]
+
+
+def _job(where: str, values: dict[str, Any], **fixed: Any) -> Job:
+    own = {key: values.pop(key) for key in _OWN & set(values)}
+    method, precision = own.get("method", Job.method), own.get("precision", Job.precision)
+    if method not in METHODS or precision not in DTYPES:
+        raise DataError(
+            f"{where}: {method}, {precision}: the methods are {', '.join(METHODS)},"
+            f" the precisions {', '.join(DTYPES)}"
+        )
+    try:
+        config = TrainConfig(size=method[-1], **values)
+    except (TrainingError, TypeError) as error:
+        raise DataError(f"{where}: {error}") from error
+    return Job(config=asdict(config), **own, **fixed)
