@@ -30,7 +30,7 @@ from edgead.export.pack import DTYPES
 from edgead.export.to_onnx import to_onnx
 from edgead.manifest import Calibration, InputSpec, Manifest, OutputSpec, Threshold
 from edgead.models.efficientad import EfficientAD, anomaly_map, normalise
-from edgead.models.pdn import FEATURES, PDN
+from edgead.models.pdn import FEATURES, PDN, Size
 from edgead.runtime import BACKENDS, open_backend
 from edgead.training.fit import build_model
 from edgead.training.run import read_run
@@ -49,22 +49,27 @@ print(json.dumps(result))
 """
 
 
-def random_bundle(path: Path, *, precision: str = "fp32") -> EfficientAD:
+def random_bundle(
+    path: Path, *, precision: str = "fp32", size: Size = "s", targets: int = FEATURES
+) -> EfficientAD:
     """Write a bundle with seeded random weights; returns the networks in it, FP32.
 
     Args:
         precision: "fp32" or "fp16", of the weights and convolutions in the graph.
+        targets: Channels of the target space.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_model(PDN("s"), seed=0).eval()
+        model = build_model(PDN(size), seed=0, targets=targets).eval()
+        if model.rotation is not None:
+            model.rotation.normal_()
     image = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), dtype=np.uint8)
     with torch.inference_mode():
         local, logical = model(torch.from_numpy(image).permute(0, 3, 1, 2))
         maps = anomaly_map(local, logical, torch.tensor([1.0, 1.0, 0.0])).numpy()
     score = float(maps.max())
     manifest = Manifest(
-        method="efficientad-s",
+        method=f"efficientad-{size}",
         name="random weights",
         precision=precision,
         input=InputSpec(height=256, width=256),

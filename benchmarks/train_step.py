@@ -20,7 +20,8 @@ from edgead.benchmarks.results_file import table, write_results
 from edgead.models.efficientad import EfficientAD
 from edgead.models.pdn import FEATURES, PDN
 from edgead.training.device import compute_dtype, keep_memory, pick_device
-from edgead.training.fit import TeacherTargets, _step, build_model, jitter, to_input
+from edgead.training.fit import TeacherTargets, _step, build_model, to_input
+from edgead.training.images import jitter
 
 
 def plain_step(

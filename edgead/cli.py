@@ -14,6 +14,7 @@ from edgead import __version__, commands, device_commands
 from edgead.errors import EdgeADError
 
 METHODS = ("efficientad-s", "efficientad-m")
+BORDERS = ("published", "reflect")
 BACKENDS = ("tensorrt", "tensorrt-rtx", "torch-cuda", "openvino", "onnxruntime")
 _EXTRA = {  # module that is missing -> extra that brings it
     "torch": "train",
@@ -110,15 +111,12 @@ def _add_training_commands(command: _Command) -> None:
         "Distil a PDN teacher from a backbone and a folder of natural images.",
     )
     sub.add_argument(
-        "images", type=Path, metavar="IMAGES", help="folder of natural images, searched recursively"
+        "images",
+        type=Path,
+        metavar="IMAGES",
+        help="folder of natural images, searched recursively, or of tar shards that hold them",
     )
-    sub.add_argument("--backbone", type=Path, required=True, help="MobileNetV2 weights (.safetensors)")
-    sub.add_argument("--size", choices=("s", "m"), default="s", help="PDN-S or PDN-M (default: s)")
-    sub.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    sub.add_argument("--steps", type=int, help="training steps")
-    sub.add_argument("--batch", type=int, help="images per step")
-    sub.add_argument("--learning-rate", type=float)
-    sub.add_argument("--seed", type=_seed)
+    _add_distillation(sub)
     _add_training(sub)
 
     sub = command("train", commands.train, "Train a detector on the good images of a data set.")
@@ -139,10 +137,73 @@ def _add_training_commands(command: _Command) -> None:
         "--learning-rate", type=float, help="default: 0.0001, as published; short runs want more"
     )
     sub.add_argument(
+        "--border",
+        choices=BORDERS,
+        help="published: the outer 16 of 256 px are not inspected (default); reflect: they are",
+    )
+    sub.add_argument(
+        "--targets",
+        type=int,
+        metavar="K",
+        help="train on K principal directions of the teacher instead of its 384 channels (default: 384,"
+        " as published); fewer make steps and graph quicker",
+    )
+    sub.add_argument(
         "--false-reject", type=float, help="target share of good parts rejected (default: 0.01)"
     )
     sub.add_argument("--seed", type=_seed)
     _add_training(sub)
+
+
+def _add_distillation(sub: argparse.ArgumentParser) -> None:
+    """Options of `edgead distill`; their defaults are those of `training.distill.DistillConfig`."""
+    sub.add_argument(
+        "--backbone",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="weights (.safetensors, .pth) of MobileNetV2, or of a ResNet as torchvision saves it",
+    )
+    sub.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="NAME,...",
+        help="feature maps to predict, finest first (default: layer2,layer3 of a ResNet,"
+        " blocks.5.depthwise,blocks.12.depthwise of MobileNetV2)",
+    )
+    sub.add_argument("--size", choices=("s", "m"), default="s", help="PDN-S or PDN-M (default: s)")
+    sub.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    sub.add_argument("--steps", type=int, help="training steps (default: 3000)")
+    sub.add_argument("--minutes", type=float, help="stop after this time if the steps take longer")
+    sub.add_argument("--batch", type=int, help="images per step, of all processes (default: 8)")
+    sub.add_argument("--learning-rate", type=float, help="at its highest (default: 0.001)")
+    sub.add_argument(
+        "--crop",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="side of the random crops in short sides of an image (default: 0.55 1.0)",
+    )
+    sub.add_argument(
+        "--side",
+        dest="side_px",
+        type=int,
+        metavar="PX",
+        help="input of the PDN; the backbone sees twice as many pixels (default: 256)",
+    )
+    sub.add_argument(
+        "--whiten",
+        type=float,
+        metavar="0..1",
+        help="decorrelate the target channels: 0 not, 1 entirely (default: 0)",
+    )
+    sub.add_argument("--loss", choices=("mse", "smooth-l1"), help="what is minimised (default: mse)")
+    sub.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="of the arithmetic (default: auto, bf16 or fp16 where the hardware has it)",
+    )
+    sub.add_argument("--seed", type=_seed)
 
 
 def _add_bundle_commands(command: _Command) -> None:
@@ -158,6 +219,13 @@ def _add_bundle_commands(command: _Command) -> None:
         "--frame", type=_frame, metavar="HxW", help="camera frame size; the graph then resizes itself"
     )
     sub.add_argument("--name", help="recipe name (default: the data set's)")
+    sub.add_argument(
+        "--reduce",
+        default="off",
+        metavar="auto|K|off",
+        help="cut the last convolutions to K directions; auto: as few as the verdicts on this run's"
+        " images allow (default: off)",
+    )
 
     sub = command("inspect", commands.inspect, "Show what a bundle holds, after checking all of it.")
     _add_bundle(sub, backend=False)
@@ -263,6 +331,10 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 on")
     return int(text)
+
+
+def _layers(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _targets(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,34 +48,43 @@ def counter(bar: Any) -> Callable[[int, int], None]:
 def distill(arguments: argparse.Namespace) -> None:
     from edgead.training.distill import DistillConfig, distill
 
-    config = DistillConfig(**_given(arguments, "size", "steps", "batch", "learning_rate", "seed"))
-    with progress_bar("distill", config.steps, unit="step") as bar:
+    names = ("size", "steps", "minutes", "batch", "learning_rate", "side_px", "whiten", "loss")
+    given = _given(arguments, *names, "precision", "seed")
+    if arguments.crop is not None:
+        given["crop"] = tuple(arguments.crop)
+    config = DistillConfig(**given)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    with progress_bar("distill", 100, unit="%", disable=not is_first) as bar:
 
-        def progress(step: int, steps: int, loss: float) -> None:
+        def progress(step: int, fraction: float, loss: float) -> None:
             if bar is not None:
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update(step - bar.n)
+                bar.set_postfix(step=step, loss=f"{loss:.4f}", refresh=False)
+                bar.update(round(100 * fraction, 2) - bar.n)
 
         result = distill(
             arguments.images,
             arguments.backbone,
             arguments.out,
             config,
+            layers=arguments.layers,
             device=arguments.device,
             resume=arguments.resume,
             progress=progress,
         )
-    print(
-        f"{arguments.out}: PDN-{config.size.upper()}, loss {result.loss:.4f},"
-        f" held-out loss {result.held_out_loss:.4f}"
-    )
+    if is_first:
+        print(
+            f"{arguments.out}: PDN-{config.size.upper()}, {result.steps} steps"
+            f" in {result.seconds:.0f} s, loss {result.loss:.4f},"
+            f" held-out loss {result.held_out_loss:.4f}"
+        )
 
 
 def train(arguments: argparse.Namespace) -> None:
     from edgead.training.data import open_dataset
     from edgead.training.fit import TrainConfig
 
-    given = _given(arguments, "steps", "minutes", "learning_rate", "false_reject", "seed")
+    names = ("steps", "minutes", "learning_rate", "border", "targets", "false_reject", "seed")
+    given = _given(arguments, *names)
     config = TrainConfig(size=arguments.method[-1], **given)
     dataset = open_dataset(arguments.data, seed=config.seed)
     record = train_with_bar(dataset, arguments.out, config, arguments)
@@ -129,6 +139,7 @@ def export(arguments: argparse.Namespace) -> None:
             precision=arguments.precision,
             frame=arguments.frame,
             name=arguments.name,
+            reduce=arguments.reduce,
             progress=counter(bar),
         )
     size = arguments.out.stat().st_size / 2**20
@@ -184,6 +195,8 @@ def inspect(arguments: argparse.Namespace) -> None:
             f"{parity['images']} images, score deviation {parity['score_deviation']:.1e} of the spread,"
             f" {len(parity['flips'])} flips"
         )
+    if reduction := manifest.model.get("reduction"):
+        rows["reduction"] = _reduction_text(reduction)
     rows |= {
         f"{part}.{key}": json.dumps(value)
         for part in ("model", "provenance")
@@ -194,6 +207,18 @@ def inspect(arguments: argparse.Namespace) -> None:
     width = max(map(len, rows))
     for key, text in rows.items():
         print(f"{key:<{width}}  {text}")
+
+
+def _reduction_text(reduction: dict[str, Any]) -> str:
+    text = f"{reduction['directions']} of {reduction['of']} directions (asked for: {reduction['asked']})"
+    if "gate" not in reduction:
+        return f"{text}; {', '.join(reduction['refused'])} failed the gate"
+    gate = reduction["gate"]
+    auroc = "" if gate["auroc"] is None else " image AUROC {:.4f} -> {:.4f},".format(*gate["auroc"])
+    return (
+        f"{text}; {gate['images']} images,{auroc} score deviation {gate['score_deviation']:.1e} of the"
+        f" spread, {len(gate['flips'])} flips within the margin"
+    )
 
 
 def _graph_text(content: bytes) -> str:

@@ -25,7 +25,7 @@ def demo(arguments: argparse.Namespace) -> None:
     with progress_bar("render", unit="image") as bar:
         render_demo(data, seed=arguments.seed, progress=counter(bar))
     if arguments.only_data:
-        print(f"{data}: 120 good training images, 40 good and 60 defective test images with masks")
+        print(f"{data}: 120 good training images, 40 good and 66 defective test images with masks")
         return
     bundle = _train_and_export(data, arguments)
     _inspect(bundle, data, arguments.out, start)

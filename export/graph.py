@@ -21,8 +21,8 @@ from edgead.models.efficientad import (
     EfficientAD,
     anomaly_map,
     anomaly_score,
+    extended,
 )
-from edgead.models.pdn import FEATURES
 
 
 class MergedGraph(nn.Module):
@@ -34,6 +34,8 @@ class MergedGraph(nn.Module):
             is float32, because squares overflow float16 at 256.
         frame: (height, width) of the camera's frames when the graph has to resize them itself; None when
             the host hands over 256x256 images.
+        rotations: What turns teacher-minus-student and autoencoder-minus-student differences into fewer
+            ones, float64 [model.targets, K] each (see `edgead.export.reduce`); None for all of them.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class MergedGraph(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         frame: tuple[int, int] | None = None,
+        rotations: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         teacher, student, autoencoder = model.teacher, model.student, model.autoencoder
         self.size, self.dtype, self.frame = model.size, dtype, frame
+        self.border = model.border
         if frame is not None:
             for name, side in zip(("rows", "columns"), frame, strict=True):
                 matrix = torch.from_numpy(resize_matrix(side, IMAGE_PX))
@@ -64,20 +68,31 @@ class MergedGraph(nn.Module):
             self.conv4 = _grouped(teacher.conv4, student.conv4)
             self.teacher5, self.student5 = _copy(teacher.conv5), _copy(student.conv5)
 
-        # (T(t) - mu) / sigma - S(s) is one convolution over the concatenated [t, s].
+        # (T(t) - mu) / sigma - S(s) is one convolution over the concatenated [t, s]. The rotations act
+        # on its outputs and those of the other branch, so they fold into the same weights.
         sigma, mu = model.std.double(), model.mean.double().flatten()
-        t, s = teacher.last, student.last
-        self.local = nn.Conv2d(t.in_channels + s.in_channels, FEATURES, t.kernel_size)
-        weight = torch.cat([t.weight.double() / sigma.unsqueeze(1), -s.weight.double()[:FEATURES]], 1)
-        _fill(self.local, weight, (_bias(t) - mu) / sigma.flatten() - _bias(s)[:FEATURES])
-        self.logical = nn.Conv2d(s.in_channels, FEATURES, s.kernel_size)
-        _fill(self.logical, s.weight.double()[FEATURES:], _bias(s)[FEATURES:])
+        t, s, k = teacher.last, student.last, model.targets
+        target = t.weight.double() / sigma.unsqueeze(1), (_bias(t) - mu) / sigma.flatten()
+        if model.rotation is not None:
+            target = _rotated(*target, model.rotation.double())
+        difference = torch.cat([target[0], -s.weight.double()[:k]], 1), target[1] - _bias(s)[:k]
+        logical, decoded = (s.weight.double()[k:], _bias(s)[k:]), _double(autoencoder.last)
+        if rotations is not None:
+            difference = _rotated(*difference, rotations[0])
+            logical, decoded = (_rotated(*pair, rotations[1]) for pair in (logical, decoded))
+        self.local = nn.Conv2d(t.in_channels + s.in_channels, len(difference[1]), t.kernel_size)
+        _fill(self.local, *difference)
+        self.logical = nn.Conv2d(s.in_channels, len(logical[1]), s.kernel_size)
+        _fill(self.logical, *logical)
 
         # The autoencoder pads with zeros *after* normalisation: the mean is subtracted first, and
         # 1 / (255 std) folds into the weights.
-        self.autoencoder = type(autoencoder)()
+        self.autoencoder = type(autoencoder)(autoencoder.cells, model.targets)
         self.autoencoder.load_state_dict(autoencoder.state_dict())
         self.autoencoder.dropout = nn.Identity()
+        last = autoencoder.last
+        self.autoencoder.last = nn.Conv2d(last.in_channels, len(decoded[1]), 3, 1, 1)
+        _fill(self.autoencoder.last, *decoded)
         first = autoencoder.encoder[0]
         _fill(self.autoencoder.encoder[0], first.weight.double() * scale, _bias(first))
         self.register_buffer("mean255", 255 * IMAGENET_MEAN)
@@ -113,12 +128,12 @@ class MergedGraph(nn.Module):
         return torch.round(F.conv2d(wide.permute(0, 2, 1, 3), self.rows))
 
     def _differences(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher minus student and autoencoder minus student, float32 [N, 384, 56, 56].
+        """Teacher minus student and autoencoder minus student, float32 [N, K, cells, cells].
 
         Args:
             x: RGB 0..255, float [N, 3, 256, 256].
         """
-        both = F.avg_pool2d(torch.relu(self.conv1(x.to(self.dtype))), 2, 2)
+        both = F.avg_pool2d(torch.relu(self.conv1(extended(x.to(self.dtype), self.border))), 2, 2)
         both = F.avg_pool2d(torch.relu(self.conv2(both)), 2, 2)
         both = torch.relu(self.conv3(both))
         if self.size == "m":
@@ -141,6 +156,15 @@ def _fill(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
     assert conv.bias is not None and conv.weight.shape == weight.shape
     conv.weight.data.copy_(weight)
     conv.bias.data.copy_(bias)
+
+
+def _double(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    return conv.weight.double(), _bias(conv)
+
+
+def _rotated(weight: Tensor, bias: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameters of a convolution whose C outputs are multiplied with a matrix [C, K]; float64."""
+    return torch.einsum("cikl,cr->rikl", weight, rotation), rotation.T @ bias
 
 
 def _side_by_side(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgead.bundle import write_bundle
-from edgead.errors import ExportError
+from edgead.errors import DataError, ExportError
 from edgead.export.graph import MergedGraph
 from edgead.export.parity import Parity, compare
+from edgead.export.reduce import Reduced, Reduction, reduce_run, sizes_for
 from edgead.export.to_onnx import to_onnx
 from edgead.manifest import (
     RESIZE_IN_GRAPH,
@@ -26,14 +29,18 @@ from edgead.manifest import (
     OutputSpec,
     Threshold,
 )
-from edgead.models.efficientad import BORDER_CELLS, IMAGE_PX, EfficientAD
+from edgead.models.efficientad import IMAGE_PX, MAP_CELLS, EfficientAD
+from edgead.training.data import open_dataset
 from edgead.training.run import Run, read_run
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 MAX_FRAME_PX = 8192
 MEANING = (
     "map = student_scale * mean_c((T - S)^2) + autoencoder_scale * mean_c((A - S')^2) + offset,"
-    " over the raw maps of EfficientAD (arXiv 2303.14535);"
+    " over the raw maps of EfficientAD (arXiv 2303.14535), or over fewer directions of them"
+    " (model.targets, model.reduction);"
     " 0 at the 0.9 quantile of good validation images, 0.1 at the 0.995 quantile"
 )
 
@@ -45,6 +52,7 @@ def export_run(
     precision: str = "fp32",
     frame: tuple[int, int] | None = None,
     name: str | None = None,
+    reduce: str = "off",
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
     """Export a run, prove it, and write the bundle.
@@ -55,6 +63,8 @@ def export_run(
         precision: "fp32" or "fp16", of the weights and convolutions in the graph.
         frame: (height, width) in pixels of the camera's frames, to put the resize into the graph.
         name: Name of the recipe; default: that of the data set.
+        reduce: "off"; "auto" for the fewest directions in the difference convolutions that pass their
+            gate, all of them if none do; or their number (see `edgead.export.reduce`).
         progress: Called with (images compared, images in all).
 
     Returns:
@@ -74,10 +84,13 @@ def export_run(
     record = finished.record
     root = Path(record["data"]["root"])
     images = _images(record, root)
-    graph = MergedGraph(finished.model, dtype=DTYPES[precision], frame=frame)
+    finished, reduction, outcome = _reduced(finished, images, reduce, progress)
+    record = finished.record
+    rotations = reduction.rotations if reduction else None
+    graph = MergedGraph(finished.model, dtype=DTYPES[precision], frame=frame, rotations=rotations)
     content = to_onnx(graph)
     parity, golden = compare(
-        finished.model,
+        Reduced(finished.model, rotations) if rotations else finished.model,
         content,
         images,
         precision=precision,
@@ -88,6 +101,9 @@ def export_run(
         threshold=record["threshold"]["value"],
     )
     manifest = _manifest(finished, parity, precision, frame, name or record["data"]["name"])
+    if outcome:
+        cost = _cost(graph) if reduction else {}
+        manifest = replace(manifest, model=manifest.model | cost | {"reduction": outcome})
     write_bundle(Path(out), manifest, content, golden)
     return parity
 
@@ -104,12 +120,46 @@ def _images(record: dict[str, Any], root: Path) -> list[Path]:
     return images
 
 
+def _reduced(
+    run: Run, images: list[Path], reduce: str, progress: Callable[[int, int], None] | None
+) -> tuple[Run, Reduction | None, dict[str, Any]]:
+    """The run, calibrated anew if reduced, the reduction, and what the manifest says of it."""
+    channels = run.model.targets
+    sizes = sizes_for(reduce, channels)
+    if not sizes:
+        return run, None, {}
+    labels = _labels(run.record)
+    found = reduce_run(run, images, labels, sizes=sizes, progress=progress)
+    about = {"asked": reduce, "of": channels}
+    if isinstance(found, Reduction):
+        record = run.record | {"calibration": found.calibration, "threshold": found.threshold}
+        gate, refused = found.gate.to_dict(), found.refused
+        outcome = {"directions": found.gate.directions, **about, "gate": gate, "refused": refused}
+        return replace(run, record=record), found, outcome
+    if reduce != "auto":
+        raise ExportError(
+            f"--reduce {reduce} fails its gate on this run: {'; '.join(found[reduce][:5])}."
+            " Take more directions, auto, or off"
+        )
+    log.warning("no reduction passes its gate on this run: exported with all %d directions", channels)
+    return run, None, {"directions": channels, **about, "refused": found}
+
+
+def _labels(record: dict[str, Any]) -> dict[Path, int]:
+    """0 or 1 (defective) of the run's test images; empty if the data set cannot be read any more."""
+    try:
+        dataset = open_dataset(record["data"]["root"], seed=record["config"]["seed"])
+    except DataError as error:
+        log.warning("the reduction is gated without labels: %s", error)
+        return {}
+    return {item.path: item.label for item in dataset.test}
+
+
 def _manifest(
     run: Run, parity: Parity, precision: str, frame: tuple[int, int] | None, name: str
 ) -> Manifest:
     record = run.record
     height, width = frame or (IMAGE_PX, IMAGE_PX)
-    cells = 56 + 2 * BORDER_CELLS
     threshold = {key: value for key, value in record["threshold"].items() if key != "claim"}
     return Manifest(
         method=record["method"],
@@ -118,7 +168,7 @@ def _manifest(
         input=InputSpec(height=height, width=width, resize=RESIZE_IN_GRAPH if frame else RESIZE_ON_HOST),
         outputs={
             "score": OutputSpec(shape=("N",)),
-            "anomaly_map": OutputSpec(shape=("N", cells, cells)),
+            "anomaly_map": OutputSpec(shape=("N", MAP_CELLS, MAP_CELLS)),
         },
         calibration=Calibration(
             values=tuple(record["calibration"]["values"]),
@@ -135,10 +185,22 @@ def _manifest(
 
 def _describe_model(model: EfficientAD) -> dict[str, Any]:
     """Size and cost of the networks as published; the fused graph needs no more."""
+    image = torch.zeros(1, 3, IMAGE_PX, IMAGE_PX, dtype=torch.uint8)
+    return _counted(model, image) | {"border": model.border, "targets": model.targets}
+
+
+def _cost(graph: MergedGraph) -> dict[str, Any]:
+    """The same of a graph with fewer directions."""
+    height, width = graph.frame or (IMAGE_PX, IMAGE_PX)
+    return _counted(graph, torch.zeros(1, height, width, 3, dtype=torch.uint8), torch.zeros(3))
+
+
+def _counted(module: torch.nn.Module, *inputs: torch.Tensor) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 3, IMAGE_PX, IMAGE_PX, dtype=torch.uint8))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": parameters, "gflop_per_image": round(counter.get_total_flops() / 1e9, 1)}
+        module(*inputs)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    gflop = round(counter.get_total_flops() / 1e9, 1)
+    return {"parameters": parameters, "gflop_per_image": gflop}
 
 
 def _provenance(record: dict[str, Any]) -> dict[str, Any]:

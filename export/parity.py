@@ -18,7 +18,7 @@ import torch
 from edgead.bundle import Golden
 from edgead.errors import ExportError
 from edgead.image import read_image, resize
-from edgead.models.efficientad import IMAGE_PX, EfficientAD, anomaly_map, anomaly_score
+from edgead.models.efficientad import IMAGE_PX, anomaly_map, anomaly_score
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
 """Largest deviation of a score, and of a map value, relative to the spread of the scores.
@@ -83,7 +83,7 @@ class Parity:
 
 
 def compare(
-    model: EfficientAD,
+    model: torch.nn.Module,
     onnx_content: bytes,
     images: Sequence[Path],
     *,
@@ -97,6 +97,7 @@ def compare(
     """Run reference and graph on real images.
 
     Args:
+        model: Gives the raw maps of uint8 images [N, 3, 256, 256]: `EfficientAD`, or its `Reduced` form.
         images: Image files; of more than 500, 500 at equal distances are taken.
         frame: Size of the graph's input where the graph resizes; images of another size are fitted
             first.
@@ -137,7 +138,7 @@ def compare(
 
 
 def _run_both(
-    model: EfficientAD,
+    model: torch.nn.Module,
     onnx_content: bytes,
     paths: list[Path],
     *,
@@ -213,7 +214,7 @@ def choose_golden(
 
 
 def _golden(
-    model: EfficientAD, paths: list[Path], size: tuple[int, int], calibration: np.ndarray
+    model: torch.nn.Module, paths: list[Path], size: tuple[int, int], calibration: np.ndarray
 ) -> Golden:
     images = np.stack([resize(read_image(path), *size) for path in paths])
     answers = [_reference(model, resize(image, IMAGE_PX, IMAGE_PX), calibration) for image in images]
@@ -226,7 +227,7 @@ def _golden(
 
 @torch.inference_mode()
 def _reference(
-    model: EfficientAD, image: np.ndarray, calibration: np.ndarray
+    model: torch.nn.Module, image: np.ndarray, calibration: np.ndarray
 ) -> tuple[float, np.ndarray]:
     """Score and map float32 [64, 64] of an image uint8 [256, 256, 3]."""
     local, logical = model(torch.from_numpy(image.copy()[None]).permute(0, 3, 1, 2))

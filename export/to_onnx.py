@@ -14,11 +14,10 @@ import torch
 
 from edgead.errors import ExportError
 from edgead.export.graph import MergedGraph
-from edgead.models.efficientad import IMAGE_PX
+from edgead.models.efficientad import IMAGE_PX, MAP_CELLS
 
 OPSET = 18
 MAX_BATCH = 64
-MAP_CELLS = 64
 INPUTS = ["image", "calibration"]
 OUTPUTS = ["score", "anomaly_map"]
 

@@ -59,6 +59,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "training.run",
         "export",
     ),
+    "export.reduce": ("errors", "image", "metrics", "models", "training", "export"),
     "export.parity": ("errors", "image", "bundle", "models", "training.data", "runtime"),
     "flavour": ("errors",),
     "engine": ("errors", "flavour"),
@@ -97,6 +98,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "cuda": ("runtime.cuda", "engines"),
     "pycuda": ("runtime.cuda", "engines"),
     "pynvml": ("gpu_state (lazy)",),
+    "ray": ("benchmarks.accuracy_workers (lazy)",),
     "cv2": ("image", "training", "benchmarks", "metrics (lazy)", "report (lazy)"),
     "pickle": ("models.files",),  # for the name of the error that torch.load(weights_only=True) raises
     **dict.fromkeys(("marshal", "shelve", "dill", "joblib", "cloudpickle"), ()),

@@ -9,9 +9,12 @@ penalty of EfficientAD's training where no folder of natural images is at hand.
     test/<defect>/000.jpg ...    ground_truth/<defect>/000_mask.png ...
 
 Surface defects: scratch, stain, chip, burr. Logical ones: swapped (two parts in each other's
-pockets), missing, doubled (one part too many). A mask covers what the defect changed; for a logical
-defect it covers the whole outlines of the parts concerned, where they should be and where they are,
-but not their shadows.
+pockets: a wrong order), missing, doubled (one part too many, on the bar between the rows), repeated (a
+second specimen of one part lies where another should). A mask covers what the defect changed; for a
+logical defect it covers the whole outlines of the parts concerned, where they should be and where they
+are, but not their shadows. In swapped, missing and repeated pictures each part looks and lies as in a
+good one, and the pockets are alike: it is the whole that is wrong. Doubled shows itself locally, too,
+because no part ever lies on the bar.
 
 Every picture has its own generator, made from (seed, kind, number): the same seed gives the same
 bytes with any number of threads, for one version of OpenCV and numpy on one kind of processor.
@@ -46,12 +49,12 @@ from edgead.training.demo_scene import (
     silhouette,
 )
 
-LOGICAL = ("swapped", "missing", "doubled")
+LOGICAL = ("swapped", "missing", "doubled", "repeated")
 DEFECTS = (*demo_defects.STRUCTURAL, *LOGICAL)
 SHADOW_PX = 28  # how far beside its mask a logical defect changes the picture, by the shadow of a part
 
 _KINDS = ("train", "good", "distractor", *DEFECTS)  # the position is part of the seed: only ever append
-_SHARES = (10, 10, 10, 10, 7, 7, 6)  # of the defective pictures, in the order of DEFECTS
+_SHARES = (10, 10, 10, 10, 7, 7, 6, 6)  # of the defective pictures, in the order of DEFECTS
 _MASK_COVERAGE = 0.08  # of a defect after the lens' blur, from which on a pixel belongs to its mask
 
 Progress = Callable[[int, int], None]
@@ -63,7 +66,7 @@ def render_demo(
     seed: int = 0,
     train: int = 120,
     good: int = 40,
-    defective: int = 60,
+    defective: int = 66,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -74,7 +77,7 @@ def render_demo(
         seed: another seed, another data set.
         train: good pictures to train on.
         good: good pictures to test with.
-        defective: pictures with one defect each, spread over `DEFECTS` (10, 10, 10, 10, 7, 7, 6 of 60).
+        defective: pictures with one defect each, spread over `DEFECTS` (10 10 10 10 7 7 6 6 of 66).
         workers: threads; None for one per processor, at most 8.
         progress: called with (pictures done, pictures in all) from the calling thread.
 
@@ -154,7 +157,11 @@ def render_example(
     region = np.zeros((SIZE_PX, SIZE_PX), bool)
     if kind in LOGICAL and with_defect:
         parts = range(len(scene.placements))
-        choices = list(itertools.combinations(parts, 2 if kind == "swapped" else 1))
+        choices = list(
+            itertools.permutations(parts, 2)
+            if kind == "repeated"
+            else itertools.combinations(parts, 2 if kind == "swapped" else 1)
+        )
         scene, region = _disorder(kind, scene, _in_turn(choices, index, order), defect)
     picture, _ = compose(scene, fields)
     return photograph(picture, scene, camera), region, scene
@@ -175,6 +182,11 @@ def _disorder(
     elif kind == "doubled":
         concerned = [place(parts[0], None, rng)]
         lying += concerned
+    elif kind == "repeated":
+        absent, again = parts
+        concerned = [lying[absent]]
+        lying[absent] = place(again, absent, rng)
+        concerned.append(lying[absent])
     else:
         first, second = parts
         concerned = [lying[first], lying[second]]

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,18 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgead.errors import DataError, TrainingError
+from edgead.errors import TrainingError
 from edgead.files import write_text
-from edgead.image import list_images, read_image, resize
-from edgead.models.efficientad import IMAGE_PX, EfficientAD, normalise
+from edgead.models.efficientad import Border, EfficientAD, normalise
 from edgead.models.pdn import FEATURES, PDN, Size
 from edgead.training.checkpoint import load_checkpoint, save_checkpoint
 from edgead.training.device import autocast, keep_memory
+from edgead.training.directions import SecondMoment, target_rotation, with_stored
+from edgead.training.images import Images, PenaltyImages, jitter
 from edgead.training.run import CHECKPOINT_FILE, LOSSES_FILE
 
-log = logging.getLogger(__name__)
-
-GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+NATURAL_IMAGES = 32
+"""Penalty images that principal directions are taken from: 100,000 feature vectors."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class TrainConfig:
         size: PDN size, "s" or "m"; the teacher file has to match.
         steps: Training steps; the published figures take 70,000.
         minutes: Train for this long instead of for `steps`.
+        border: "published" leaves the outer 16 px blind, "reflect" inspects them; see `EfficientAD`.
+        targets: Channels of the target space, see `EfficientAD`; 384 as published.
         false_reject: Target rate of good parts rejected, for the threshold.
         checkpoint_s: Seconds between checkpoints; what a kill loses at most.
         teacher_cache_mib: Memory for teacher outputs of training images, 2.3 MiB each.
@@ -58,15 +58,22 @@ class TrainConfig:
     learning_rate: float = 1e-4
     weight_decay: float = 1e-5
     seed: int = 42
+    border: Border = "published"
+    targets: int = FEATURES
     false_reject: float = 0.01
     checkpoint_s: float = 60.0
-    teacher_cache_mib: int = 1024
+    teacher_cache_mib: int = 768
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.minutes is not None and self.minutes <= 0):
             raise TrainingError(
                 f"--steps {self.steps} / --minutes {self.minutes}:"
                 " need at least one step, or more than 0 minutes"
+            )
+        if not 1 <= self.targets <= FEATURES:
+            raise TrainingError(
+                f"--targets {self.targets}: a number of directions from 1 to {FEATURES} is needed,"
+                f" {FEATURES} being the published one"
             )
 
 
@@ -80,105 +87,106 @@ class Losses:
     student_autoencoder: float
 
 
-def read_images(paths: list[Path]) -> np.ndarray:
-    """Training images at network size, uint8 [N, 256, 256, 3]."""
-    images = np.empty((len(paths), IMAGE_PX, IMAGE_PX, 3), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        resized = pool.map(lambda path: resize(read_image(path), IMAGE_PX, IMAGE_PX), paths)
-        for index, image in enumerate(resized):
-            images[index] = image
-    return images
-
-
 def to_input(images: np.ndarray, device: torch.device) -> Tensor:
     """Images [N, H, W, 3] (0..255) -> network input, channels last [N, 3, H, W]."""
     x = torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
     return normalise(x).contiguous(memory_format=torch.channels_last)
 
 
-def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of brightness, contrast, saturation times 0.8 .. 1.2: uint8 HWC -> float32 HWC 0..255."""
-    x, kind, factor = image.astype(np.float32), rng.integers(3), np.float32(rng.uniform(0.8, 1.2))
-    if kind == 0:
-        y = factor * x
-    else:
-        grey = x @ GREY
-        y = factor * x + (1 - factor) * (grey.mean() if kind == 1 else grey[..., None])
-    return np.clip(y, 0, 255)
-
-
-class PenaltyImages:
-    """Natural images that the student must not imitate the teacher on.
-
-    Which one a step sees depends on the seed.
-    """
-
-    def __init__(self, folder: Path, *, seed: int) -> None:
-        self.folder, self.seed, self.paths = folder, seed, list_images(folder)
-        if not self.paths:
-            raise DataError(
-                f"{folder} holds no images, and training without penalty images loses accuracy:"
-                " name a folder of natural images"
-            )
-
-    def __call__(self, step: int) -> np.ndarray:
-        """The centre 256x256 of the image resized to 512x512, grey with probability 0.3; uint8 HWC."""
-        rng = np.random.default_rng([self.seed, step, 1])
-        for _ in range(20):
-            path = self.paths[rng.integers(len(self.paths))]
-            try:
-                image = resize(read_image(path), 2 * IMAGE_PX, 2 * IMAGE_PX)
-            except DataError as error:
-                log.warning("penalty image passed over: %s", error)
-                continue
-            edge = IMAGE_PX // 2
-            image = image[edge : edge + IMAGE_PX, edge : edge + IMAGE_PX]
-            if rng.random() < 0.3:
-                image = np.repeat(np.rint(image @ GREY).astype(np.uint8)[..., None], 3, axis=2)
-            return image
-        raise DataError(
-            f"20 penalty images in a row cannot be read, the last one {path}; check {self.folder}"
-        )
-
-
 class TeacherTargets:
     """Teacher outputs of the training images, normalised; in FP16 as far as the cache reaches."""
 
     def __init__(
-        self, model: EfficientAD, images: np.ndarray, device: torch.device, cache_mib: int
+        self,
+        model: EfficientAD,
+        images: Images,
+        device: torch.device,
+        cache_mib: int,
+        natural: Callable[[], Tensor] | None = None,
     ) -> None:
         self.model, self.images, self.device = model, images, device
-        kept = min(len(images), max(1, (cache_mib << 20) // (2 * FEATURES * 56 * 56)))
-        self.cache = torch.empty(
-            kept, FEATURES, 56, 56, dtype=torch.float16, memory_format=torch.channels_last
-        )
+        kept = min(len(images), max(1, (cache_mib << 20) // (2 * FEATURES * model.cells**2)))
+        shape = (kept, FEATURES, model.cells, model.cells)
+        self.cache = torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last)
         total = torch.zeros(FEATURES, dtype=torch.float64)
         squares = torch.zeros(FEATURES, dtype=torch.float64)
+        moment = SecondMoment(FEATURES)
+        choose = model.rotation is not None and not model.rotation.any()  # not in a resumed run
         for index in range(len(images)):
             features = self._raw(index)
             total += features.sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
             squares += features.square().sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
+            if choose:
+                moment.add(features)
             if index < kept:
                 self.cache[index] = features[0]
-        n = len(images) * 56 * 56
+        n = len(images) * model.cells**2
         mean = total / n
         variance = squares / n - mean.square()  # FP64 sums: as exact as a second pass
-        std = variance.clamp_min(1e-12).sqrt()
+        # A channel that hardly varies on the good images must not outweigh all others (or overflow).
+        least = 1e-4 * float(squares.sum()) / (n * FEATURES)
+        std = variance.clamp_min(max(least, 1e-12)).sqrt()
         model.mean.copy_(mean.view(-1, 1, 1))
         model.std.copy_(std.view(-1, 1, 1))
         mean16, scale16 = model.mean.cpu().half(), (1 / model.std).cpu().half()
         self.cache.sub_(mean16).mul_(scale16)
+        if model.rotation is not None:
+            if choose:
+                assert natural is not None
+                own = (moment.mean() - mean.outer(mean)) / std.outer(std)
+                model.rotation.copy_(target_rotation(own, natural(), model.targets))
+            self._rotate_cache(cache_mib)
+
+    def _rotate_cache(self, cache_mib: int) -> None:
+        """The cache in the target space, in which more images have room."""
+        features, k, cells = self.cache, self.model.targets, self.model.cells
+        kept = min(len(self.images), max(1, (cache_mib << 20) // (2 * k * cells**2)))
+        self.cache = features[:0]  # so that the loop makes what is not in `features`
+        targets = torch.empty(
+            (kept, k, cells, cells), dtype=torch.float16, memory_format=torch.channels_last
+        )
+        for index in range(kept):
+            if index < len(features):
+                rotated = self.model.rotated(features[index : index + 1].to(self.device))
+            else:
+                rotated = self[index]
+            targets[index] = rotated[0]
+        self.cache = targets
 
     @torch.no_grad()
     def _raw(self, index: int) -> Tensor:
         with autocast(self.device):
-            return self.model.teacher(to_input(self.images[index : index + 1], self.device)).float()
+            x = self.model.extended(to_input(self.images[index][None], self.device))
+            return self.model.teacher(x).float()
 
     def __getitem__(self, index: int) -> Tensor:
-        """float32 [1, 384, 56, 56] of training image `index`."""
+        """float32 [1, targets, cells, cells] of training image `index`."""
         if index < len(self.cache):
             return self.cache[index : index + 1].to(self.device).float()
-        return (self._raw(index) - self.model.mean) / self.model.std
+        return self.model.rotated((self._raw(index) - self.model.mean) / self.model.std)
+
+
+@torch.no_grad()
+def natural_moment(
+    model: EfficientAD,
+    penalty: PenaltyImages,
+    device: torch.device,
+    stored: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Second moment float64 [384, 384] of the normalised teacher features over penalty images.
+
+    Args:
+        stored: Directions and energy from the teacher's file, which saw more images: then only the
+            channels' energies are those of the penalty images.
+    """
+    moment = SecondMoment(FEATURES)
+    first = 1 << 40  # steps that training never uses
+    for step in range(first, first + NATURAL_IMAGES):
+        with autocast(device):
+            x = model.extended(to_input(penalty(step)[None], device))
+            features = model.teacher(x).float()
+        moment.add((features - model.mean) / model.std)
+    return with_stored(moment.mean(), stored) if stored else moment.mean()
 
 
 def step_losses(model: EfficientAD, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,7 +194,7 @@ def step_losses(model: EfficientAD, x: Tensor, target: Tensor) -> tuple[Tensor, 
 
     The student sees the three images as one batch; its first 384 output channels are only made for the
     training and the penalty image and its last 384 only for the jittered one, because nothing else reads
-    them.
+    them (`model.targets` where it is not 384).
 
     Args:
         x: Normalised training image, penalty image and jittered training image, [3, 3, 256, 256].
@@ -195,14 +203,16 @@ def step_losses(model: EfficientAD, x: Tensor, target: Tensor) -> tuple[Tensor, 
     Returns:
         L_hard (mean of the largest 0.1 % of the squared differences), L_penalty, L_AE, L_STAE.
     """
-    hidden = model.student.trunk(x)
+    extended = model.extended(x)
+    hidden = model.student.trunk(extended)
     last = model.student.last
     assert last.bias is not None
-    local = F.conv2d(hidden[:2], last.weight[:FEATURES], last.bias[:FEATURES]).float()
-    logical = F.conv2d(hidden[2:], last.weight[FEATURES:], last.bias[FEATURES:]).float()
+    k = model.targets
+    local = F.conv2d(hidden[:2], last.weight[:k], last.bias[:k]).float()
+    logical = F.conv2d(hidden[2:], last.weight[k:], last.bias[k:]).float()
     decoded = model.autoencoder(x[2:]).float()
     with torch.no_grad():
-        jittered_target = (model.teacher(x[2:]).float() - model.mean) / model.std
+        jittered_target = model.targets_of(model.teacher.trunk(extended[2:]))
     difference = (target - local[:1]).square().flatten()
     n = difference.numel()
     hardest = n - -(-999 * (n - 1) // 1000)  # how many values lie at or above the 0.999 quantile
@@ -218,13 +228,14 @@ def step_losses(model: EfficientAD, x: Tensor, target: Tensor) -> tuple[Tensor, 
 
 def fit(
     model: EfficientAD,
-    images: np.ndarray,
+    images: Images,
     penalty: PenaltyImages,
     run: Path,
     config: TrainConfig,
     *,
     device: torch.device,
     settings: dict[str, object],
+    directions: tuple[Tensor, Tensor] | None = None,
     resume: bool = False,
     progress: Callable[[float, int, Losses], None] | None = None,
 ) -> tuple[int, float]:
@@ -234,6 +245,8 @@ def fit(
         images: uint8 [N, 256, 256, 3], the good training images.
         run: Folder for the checkpoint and losses.csv.
         settings: What a checkpoint must have been made with to be resumed.
+        directions: Principal directions and energy that came with the teacher, for fewer than 384
+            targets; without them those of the penalty images are taken.
         progress: Called after every step with the fraction done (0..1), the step and its losses.
 
     Returns:
@@ -244,10 +257,14 @@ def fit(
     """
     keep_memory()
     model.to(device, memory_format=torch.channels_last)
-    targets = TeacherTargets(model, images, device, config.teacher_cache_mib)
     session = _Session(model, run, config, settings)
     if resume and session.checkpoint.exists():
         session.restore()
+
+    def natural() -> Tensor:
+        return natural_moment(model, penalty, device, directions)
+
+    targets = TeacherTargets(model, images, device, config.teacher_cache_mib, natural)
     model.train()
     session.start = saved = time.monotonic()
     for index, batch in _batches(images, penalty, config.seed, session.step):
@@ -292,6 +309,8 @@ class _Session:
         state = load_checkpoint(self.checkpoint, settings=self.settings)
         self.model.student.load_state_dict(state["student"])
         self.model.autoencoder.load_state_dict(state["autoencoder"])
+        if self.model.rotation is not None:  # the targets of another rotation are others
+            self.model.rotation.copy_(state["rotation"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.spent = state["step"], state["seconds"]
         self.table = io.StringIO()
@@ -301,6 +320,7 @@ class _Session:
         state = {
             "student": self.model.student.state_dict(),
             "autoencoder": self.model.autoencoder.state_dict(),
+            "rotation": self.model.rotation,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds(),
@@ -353,7 +373,7 @@ def _step(
 
 
 def _batches(
-    images: np.ndarray, penalty: PenaltyImages, seed: int, first: int
+    images: Images, penalty: PenaltyImages, seed: int, first: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Per step the index of the training image and its batch, made ahead.
 
@@ -363,7 +383,8 @@ def _batches(
     def make(step: int) -> tuple[int, np.ndarray]:
         rng = np.random.default_rng([seed, step, 0])
         index = int(rng.integers(len(images)))
-        trio = [images[index], penalty(step), jitter(images[index], rng)]
+        image = images[index]
+        trio = [image, penalty(step), jitter(image, rng)]
         return index, np.stack(trio, dtype=np.float32)
 
     with ThreadPoolExecutor(1) as pool:
@@ -377,12 +398,12 @@ def _batches(
 
 @torch.inference_mode()
 def raw_maps(
-    model: EfficientAD, images: np.ndarray, device: torch.device
+    model: EfficientAD, images: Iterable[np.ndarray], device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Student-teacher and student-autoencoder maps of images uint8 [N, 256, 256, 3], in FP32.
+    """Student-teacher and student-autoencoder maps of images uint8 [256, 256, 3], in FP32.
 
     Returns:
-        float32 [N, 56, 56] each.
+        float32 [N, cells, cells] each.
     """
     model.eval()
     local, logical = [], []
@@ -394,8 +415,10 @@ def raw_maps(
     return np.stack(local), np.stack(logical)
 
 
-def build_model(teacher: PDN, *, seed: int) -> EfficientAD:
+def build_model(
+    teacher: PDN, *, seed: int, border: Border = "published", targets: int = FEATURES
+) -> EfficientAD:
     """Networks with PyTorch's initial weights, seeded; the process's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return EfficientAD(teacher)
+        return EfficientAD(teacher, border=border, targets=targets)

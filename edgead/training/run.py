@@ -4,6 +4,7 @@ RUN/run.json                 settings, data set, teacher, penalty images, calibr
 RUN/detector.safetensors     teacher, student, autoencoder, teacher channel statistics; FP32
 RUN/losses.csv               step, seconds and the four losses
 RUN/checkpoint.pt            only while training: what --resume goes on from
+RUN/images-*.bin, penalty.bin    only while training: images at network size
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RUN_FILE = "run.json"
 WEIGHTS_FILE = "detector.safetensors"
 LOSSES_FILE = "losses.csv"
 CHECKPOINT_FILE = "checkpoint.pt"
+PENALTY_FILE = "penalty.bin"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Run:
     folder: Path
     record: dict[str, Any]
     model: EfficientAD
+
+
+def images_file(key: str) -> str:
+    """Name of the file with the training images at network size; `key` says which images they are."""
+    return f"images-{key}.bin"
 
 
 def read_run(folder: Path | str) -> Run:
@@ -59,10 +66,11 @@ def read_run(folder: Path | str) -> Run:
         )
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        size = record["config"]["size"]
+        config = record["config"]
+        size, border, targets = config["size"], config["border"], config["targets"]
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{folder / RUN_FILE} is damaged ({error}); train again") from error
-    model = EfficientAD(PDN(size))
+    model = EfficientAD(PDN(size), border=border, targets=targets)
     state, _ = read_state_dict(folder / WEIGHTS_FILE)
     load_strict(model, state, folder / WEIGHTS_FILE)
     return Run(folder, record, model.eval().requires_grad_(False))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 
 from edgead.errors import TrainingError
 from edgead.files import write_text
-from edgead.models.efficientad import EfficientAD
-from edgead.models.files import WeightsInfo, load_teacher, save_safetensors
+from edgead.models.efficientad import EfficientAD, anomaly_map, anomaly_score
+from edgead.models.files import WeightsInfo, load_directions, load_teacher, save_safetensors
 from edgead.models.pdn import PDN
 from edgead.training.calibrate import MapScale, choose_threshold, graph_constants
 from edgead.training.data import Dataset
@@ -27,14 +28,20 @@ from edgead.training.demo_data import render_distractors
 from edgead.training.device import pick_device
 from edgead.training.fit import (
     Losses,
-    PenaltyImages,
     TrainConfig,
     build_model,
     fit,
     raw_maps,
-    read_images,
 )
-from edgead.training.run import CHECKPOINT_FILE, RUN_FILE, WEIGHTS_FILE, git_commit
+from edgead.training.images import PenaltyImages, iterate_images, store_images
+from edgead.training.run import (
+    CHECKPOINT_FILE,
+    PENALTY_FILE,
+    RUN_FILE,
+    WEIGHTS_FILE,
+    git_commit,
+    images_file,
+)
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +106,8 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     chosen = pick_device(device)
     inputs = _open_inputs(dataset, run, config, teacher or SHIPPED_TEACHER, penalty)
-    images = read_images(list(dataset.train))
-    model = build_model(inputs.network, seed=config.seed)
+    images = store_images(dataset.train, _pool_file(run, dataset, inputs.fingerprint))
+    model = build_model(inputs.network, seed=config.seed, border=config.border, targets=config.targets)
     steps, seconds = fit(
         model,
         images,
@@ -109,10 +116,11 @@ def train(
         config,
         device=chosen,
         settings=inputs.settings(config),
+        directions=load_directions(teacher or SHIPPED_TEACHER),
         resume=resume,
         progress=progress,
     )
-    good = read_images(list(dataset.validation))
+    good = iterate_images(dataset.validation)
     calibration, threshold = calibrate(model, good, config.false_reject, chosen)
     record = {
         **inputs.record(config, dataset),
@@ -134,11 +142,18 @@ def _check_folder(run: Path, *, resume: bool) -> None:
         )
 
 
+def _pool_file(run: Path, dataset: Dataset, fingerprint: str) -> Path:
+    """Where the training images lie at network size; another data set or split, another name."""
+    names = [path.relative_to(dataset.root).as_posix() for path in dataset.train]
+    return run / images_file(hashlib.sha256("\n".join([fingerprint, *names]).encode()).hexdigest()[:16])
+
+
 def _write(run: Path, model: EfficientAD, record: dict[str, Any]) -> None:
     metadata = {"method": record["method"], "data": record["data"]["fingerprint"]}
     save_safetensors(run / WEIGHTS_FILE, model.state_dict(), metadata)
     write_text(run / RUN_FILE, json.dumps(record, indent=2))
-    (run / CHECKPOINT_FILE).unlink(missing_ok=True)
+    for path in (run / CHECKPOINT_FILE, run / PENALTY_FILE, *run.glob(images_file("*"))):
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -182,24 +197,31 @@ def _open_inputs(
             f" name another with --teacher, or use --method efficientad-{network.size}"
         )
     folder, source = penalty_folder(penalty, run, seed=config.seed)
-    negatives = PenaltyImages(folder, seed=config.seed)
+    negatives = PenaltyImages(folder, seed=config.seed, store=run / PENALTY_FILE)
     return _Inputs(network, info, negatives, source, dataset.fingerprint())
 
 
 def calibrate(
-    model: Any, images: np.ndarray, false_reject: float, device: torch.device
+    model: Any, images: Iterable[np.ndarray], false_reject: float, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Map scale and threshold, as they stand in run.json.
 
     Args:
-        images: Good validation images, uint8 [N, 256, 256, 3].
+        images: Good validation images, uint8 [256, 256, 3].
         false_reject: Target rate of good parts rejected.
     """
     local, logical = raw_maps(model, images, device)
+    return calibration_of(local, logical, false_reject)
+
+
+def calibration_of(
+    local: np.ndarray, logical: np.ndarray, false_reject: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`calibrate` for raw maps that are there already, float32 [N, cells, cells] each."""
     scales = MapScale.of(local), MapScale.of(logical)
     constants = graph_constants(*scales)
-    joined = constants[0] * local + constants[1] * logical + constants[2]
-    scores = np.maximum(joined.max(axis=(1, 2)), 0)  # the map's border is zero
+    maps = anomaly_map(*map(torch.from_numpy, (local, logical, constants)))
+    scores = anomaly_score(maps).numpy()
     threshold = choose_threshold(scores, false_reject=false_reject)
     calibration = {
         "values": [float(value) for value in constants],

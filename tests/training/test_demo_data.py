@@ -72,7 +72,7 @@ def test_layout_is_that_of_mvtec(demo: Path) -> None:
 
 
 def test_default_split_over_the_defects() -> None:
-    assert list(spread(60).values()) == [10, 10, 10, 10, 7, 7, 6]
+    assert list(spread(66).values()) == [10, 10, 10, 10, 7, 7, 6, 6]
     assert sum(spread(37).values()) == 37
 
 
@@ -129,7 +129,7 @@ def test_mask_of_a_logical_defect_covers_all_but_shadows(kind: str) -> None:
 
 def test_regions_of_logical_defects() -> None:
     """Components of the mask; the parts are 100 to 150 px long (screw and chip package the longest)."""
-    for kind, regions in (("missing", 1), ("doubled", 1), ("swapped", 2)):
+    for kind, regions in (("missing", 1), ("doubled", 1), ("repeated", 1), ("swapped", 2)):
         _, mask, _ = example(kind, 0)
         count, _, stats, _ = cv2.connectedComponentsWithStats(np.uint8(mask))
         assert count - 1 == regions
@@ -144,6 +144,7 @@ def test_logical_defects_change_the_parts_and_not_their_number_of_kinds() -> Non
     assert lying("swapped") == lying("good") == [0, 1, 2, 3, 4, 5]
     assert len(lying("missing")) == 5 and len(set(lying("missing"))) == 5
     assert len(lying("doubled")) == 7 and len(set(lying("doubled"))) == 6
+    assert len(lying("repeated")) == 6 and len(set(lying("repeated"))) == 5
 
 
 def test_defects_range_from_about_six_pixels_to_a_whole_part() -> None:
@@ -251,4 +252,4 @@ def test_distractors_are_varied_and_repeatable(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_defect_is_known() -> None:
-    assert DEFECTS == ("scratch", "stain", "chip", "burr", "swapped", "missing", "doubled")
+    assert DEFECTS == ("scratch", "stain", "chip", "burr", "swapped", "missing", "doubled", "repeated")

@@ -19,15 +19,8 @@ from edgead.errors import DataError, TrainingError
 from edgead.models.efficientad import normalise
 from edgead.models.files import load_teacher
 from edgead.training.data import open_dataset
-from edgead.training.fit import (
-    PenaltyImages,
-    TeacherTargets,
-    TrainConfig,
-    build_model,
-    jitter,
-    read_images,
-    step_losses,
-)
+from edgead.training.fit import TeacherTargets, TrainConfig, build_model, step_losses
+from edgead.training.images import PenaltyImages, jitter, read_images
 from edgead.training.train import train
 
 CPU = torch.device("cpu")

@@ -1,0 +1,184 @@
+"""Training and penalty images, a few at a time: host memory does not grow with their number.
+
+Training images are brought to network size once and stored one after the other in a file, from which
+each step reads one. The system keeps the file in memory that it can take back at any time (the page
+cache); the process itself holds one image.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from edgead.errors import DataError, TrainingError
+from edgead.files import whole_file
+from edgead.image import list_images, read_image, resize
+from edgead.models.efficientad import IMAGE_PX
+
+log = logging.getLogger(__name__)
+
+GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+IMAGE_BYTES = IMAGE_PX * IMAGE_PX * 3
+MOST_DECODERS = 8  # each holds a camera frame, which may have a hundred megapixels
+MOST_STORED = 10_000  # penalty images that are decoded only once; 2 GB on disk
+
+
+def iterate_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+    """Images at network size, uint8 [256, 256, 3], in the order of their paths.
+
+    Decoded by several threads, only so far ahead that they do not wait.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    workers = min(os.cpu_count() or 1, MOST_DECODERS)
+    waiting: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for path in paths:
+            waiting.append(pool.submit(_load, path))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def read_images(paths: Sequence[Path]) -> np.ndarray:
+    """All images in memory, uint8 [N, 256, 256, 3]; for few of them."""
+    return np.stack(list(iterate_images(paths)))
+
+
+def _load(path: Path) -> np.ndarray:
+    return resize(read_image(path), IMAGE_PX, IMAGE_PX)
+
+
+class ImagePool:
+    """Images at network size in a file; see `store_images`.
+
+    Items are uint8 [256, 256, 3]. Any number of threads may read.
+    """
+
+    def __init__(self, file: Path, count: int) -> None:
+        self.file, self.count = file, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self.count:
+            raise IndexError(f"image {index} of {self.count}")
+        return _read(self.file, index)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(self.count))
+
+
+Images = np.ndarray | ImagePool  # uint8 [N, 256, 256, 3], or the same in a file
+
+
+def store_images(paths: Sequence[Path], file: Path) -> ImagePool:
+    """Write images at network size into a file, unless it is there already.
+
+    Args:
+        file: What its name stands for must be these very images: a file of the right size is taken as it
+            is. It appears only when it is complete.
+
+    Raises:
+        DataError: an image cannot be read. TrainingError: the file cannot be written.
+    """
+    n_bytes = len(paths) * IMAGE_BYTES
+    if not (file.is_file() and file.stat().st_size == n_bytes):
+        try:
+            with whole_file(file) as temporary, temporary.open("wb") as out:
+                for image in iterate_images(paths):
+                    out.write(image.tobytes())
+        except OSError as error:
+            raise TrainingError(
+                f"{file}: cannot write the {len(paths)} training images at network size"
+                f" ({n_bytes / 1e6:.0f} MB): {error.strerror}; free some space or use another --out"
+            ) from error
+    return ImagePool(file, len(paths))
+
+
+def _read(file: Path, index: int) -> np.ndarray:
+    # Opened each time: 20 us, and there is nothing to close and no position for threads to share.
+    flat = np.fromfile(file, np.uint8, IMAGE_BYTES, offset=index * IMAGE_BYTES)
+    return flat.reshape(IMAGE_PX, IMAGE_PX, 3)
+
+
+def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of brightness, contrast, saturation times 0.8 .. 1.2: uint8 HWC -> float32 HWC 0..255."""
+    x, kind, factor = image.astype(np.float32), rng.integers(3), np.float32(rng.uniform(0.8, 1.2))
+    if kind == 0:
+        y = factor * x
+    else:
+        grey = x @ GREY
+        y = factor * x + (1 - factor) * (grey.mean() if kind == 1 else grey[..., None])
+    return np.clip(y, 0, 255)
+
+
+class PenaltyImages:
+    """Natural images that the student must not imitate the teacher on.
+
+    Which one a step sees depends on the seed.
+
+    Args:
+        folder: Searched recursively.
+        store: File to keep decoded images in, so that each is decoded once: that takes longer than a
+            step on a fast GPU. It is overwritten, and belongs to the caller.
+    """
+
+    def __init__(self, folder: Path, *, seed: int, store: Path | None = None) -> None:
+        self.folder, self.seed, self.paths = folder, seed, list_images(folder)
+        if not self.paths:
+            raise DataError(
+                f"{folder} holds no images, and training without penalty images loses accuracy:"
+                " name a folder of natural images"
+            )
+        self._store, self._stored = store, set[int]()
+        if store is not None:
+            store.write_bytes(b"")
+
+    def __call__(self, step: int) -> np.ndarray:
+        """The centre 256x256 of the image resized to 512x512, grey with probability 0.3; uint8 HWC."""
+        rng = np.random.default_rng([self.seed, step, 1])
+        for _ in range(20):
+            index = int(rng.integers(len(self.paths)))
+            try:
+                image = self._image(index)
+            except DataError as error:
+                log.warning("penalty image passed over: %s", error)
+                continue
+            if rng.random() < 0.3:
+                image = np.repeat(np.rint(image @ GREY).astype(np.uint8)[..., None], 3, axis=2)
+            return image
+        raise DataError(
+            f"20 penalty images in a row cannot be read, the last one {self.paths[index]};"
+            f" check {self.folder}"
+        )
+
+    def _image(self, index: int) -> np.ndarray:
+        if self._store is not None and index in self._stored:
+            return _read(self._store, index)
+        image = resize(read_image(self.paths[index]), 2 * IMAGE_PX, 2 * IMAGE_PX)
+        edge = IMAGE_PX // 2
+        image = image[edge : edge + IMAGE_PX, edge : edge + IMAGE_PX]
+        if self._store is not None and index < MOST_STORED:
+            self._keep(self._store, index, image)
+        return image
+
+    def _keep(self, store: Path, index: int, image: np.ndarray) -> None:
+        try:
+            with store.open("r+b") as file:  # seeking beyond the end leaves a hole, which takes no space
+                file.seek(index * IMAGE_BYTES)
+                file.write(image.tobytes())
+        except OSError as error:
+            log.warning("%s: decoded penalty images are no longer kept: %s", store, error.strerror)
+            self._store = None
+        else:
+            self._stored.add(index)
