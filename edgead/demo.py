@@ -37,8 +37,7 @@ def _train_and_export(data: Path, arguments: argparse.Namespace) -> Path:
     from edgead.training.fit import TrainConfig
 
     run, bundle = arguments.out / "run", arguments.out / "tray.edgead"
-    # Ten times the published learning rate: in some hundred steps that one hardly moves the student.
-    config = TrainConfig(minutes=arguments.minutes, seed=arguments.seed, learning_rate=1e-3)
+    config = TrainConfig(minutes=arguments.minutes, seed=arguments.seed)
     record = train_with_bar(open_dataset(data, seed=config.seed), run, config, arguments)
     training, claim = record["training"], record["threshold"]["claim"]
     print(f"trained {training['steps']} steps in {training['seconds']:.0f} s; {claim}")

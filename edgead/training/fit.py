@@ -37,6 +37,11 @@ NATURAL_IMAGES = 32
 """Penalty images that principal directions are taken from: 100,000 feature vectors."""
 
 
+PUBLISHED_RATE, LONG_RUN = 1e-4, 20_000
+SHORT_RATE = 1e-3
+"""On MVTec AD bottle 1,000 steps give image AUROC 0.98, AU-PRO@30 0.72 at 1e-4; 1.00, 0.88 at 1e-3."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run.
@@ -45,6 +50,8 @@ class TrainConfig:
         size: PDN size, "s" or "m"; the teacher file has to match.
         steps: Training steps; the published figures take 70,000.
         minutes: Train for this long instead of for `steps`.
+        learning_rate: None is 1e-4, as published, for `LONG_RUN` steps or more, and ten times that for
+            shorter runs and for `minutes`: see `SHORT_RATE`.
         border: "published" leaves the outer 16 px blind, "reflect" inspects them; see `EfficientAD`.
         targets: Channels of the target space, see `EfficientAD`; 384 as published.
         false_reject: Target rate of good parts rejected, for the threshold.
@@ -55,7 +62,7 @@ class TrainConfig:
     size: Size = "s"
     steps: int = 70_000
     minutes: float | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     weight_decay: float = 1e-5
     seed: int = 42
     border: Border = "published"
@@ -65,6 +72,9 @@ class TrainConfig:
     teacher_cache_mib: int = 768
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            is_long = self.minutes is None and self.steps >= LONG_RUN
+            object.__setattr__(self, "learning_rate", PUBLISHED_RATE if is_long else SHORT_RATE)
         if self.steps < 1 or (self.minutes is not None and self.minutes <= 0):
             raise TrainingError(
                 f"--steps {self.steps} / --minutes {self.minutes}:"
@@ -75,6 +85,13 @@ class TrainConfig:
                 f"--targets {self.targets}: a number of directions from 1 to {FEATURES} is needed,"
                 f" {FEATURES} being the published one"
             )
+
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, of which `learning_rate` is the value after construction, too."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -271,7 +288,7 @@ def fit(
         if (done := session.fraction_done()) >= 1:
             break
         optimizer = session.optimizer
-        optimizer.param_groups[0]["lr"] = config.learning_rate * (0.1 if done >= 0.95 else 1.0)
+        optimizer.param_groups[0]["lr"] = config.rate * (0.1 if done >= 0.95 else 1.0)
         seed = config.seed * 1_000_003 + session.step
         losses = _step(model, optimizer, batch, targets[index], device, seed=seed)
         session.record(losses)
@@ -299,7 +316,7 @@ class _Session:
         self.checkpoint = run / CHECKPOINT_FILE
         parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(
-            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
+            parameters, config.rate, weight_decay=config.weight_decay, fused=True
         )
         self.step, self.spent, self.start = 0, 0.0, time.monotonic()
         self.table = io.StringIO()

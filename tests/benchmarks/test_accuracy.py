@@ -200,7 +200,7 @@ def test_a_job_is_told_by_all_that_its_figures_depend_on(
         first,
         name(precision="fp16"),
         name(backend="openvino"),
-        name(config={**jobs[0].config, "learning_rate": 1e-3}),
+        name(config={**jobs[0].config, "learning_rate": 2e-3}),
         name(teacher=None),
     ]
     with (copy / "teacher.safetensors").open("ab") as file:

@@ -205,3 +205,9 @@ def test_kill_9_loses_no_more_than_the_steps_since_the_checkpoint(
     assert first_steps[0] == 1 and first_steps[1] in (2, 3) and first_steps[1] <= first_steps[2] <= 4
     a, b = _weights(tmp_path / "whole"), _weights(run)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_short_runs_learn_ten_times_as_fast() -> None:
+    assert TrainConfig().learning_rate == TrainConfig(steps=20_000).rate == 1e-4
+    assert TrainConfig(steps=19_999).learning_rate == TrainConfig(minutes=5).rate == 1e-3
+    assert TrainConfig(steps=5, learning_rate=1e-4).rate == 1e-4
