@@ -31,11 +31,11 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from edgead.errors import EngineError
 from edgead.flavour import RTX
+from edgead.jetson import l4t_release
 
 FORMAT = 1
 RECIPE = 1  # of edgead.engines.build; raised when it builds otherwise, so that old engines are rebuilt
@@ -228,13 +228,3 @@ def this_platform(flavour: str) -> str:
     base = f"{sys.platform}-{platform.machine().lower()}"
     release = None if flavour == RTX else l4t_release()
     return f"{base}-l4t{release}" if release else base
-
-
-def l4t_release(path: Path = Path("/etc/nv_tegra_release")) -> str | None:
-    """Release of Jetson Linux, such as "36.4.3"; None on other boxes."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
-    return f"{found[1]}.{found[2]}" if found else None

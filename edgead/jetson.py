@@ -51,14 +51,20 @@ class Board:
         return self.clock_min_mhz == self.clock_max_mhz
 
 
+def l4t_release(path: Path = Path("/etc/nv_tegra_release")) -> str | None:
+    """Release of Jetson Linux, such as "36.4.3"; None on other boxes."""
+    # "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: ..."
+    numbers = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(path))
+    return f"{numbers[1]}.{numbers[2]}".rstrip(".") if numbers else None
+
+
 def read_board(root: Path = Path("/")) -> Board | None:
     """Reads the files below `root`; None if this is no Jetson."""
-    release = _text(root / "etc/nv_tegra_release")
+    release_file = root / "etc/nv_tegra_release"
+    release = _text(release_file)
     model = _text(root / "proc/device-tree/model").strip("\0\n ")
     if not release and "nvidia,tegra" not in _text(root / "proc/device-tree/compatible"):
         return None
-    # "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: ..."
-    numbers = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", release)
     modes = {
         int(number): name
         for number, name in re.findall(
@@ -69,7 +75,7 @@ def read_board(root: Path = Path("/")) -> Board | None:
     low, now, high = _devfreq(root)
     return Board(
         model=model or None,
-        l4t=f"{numbers[1]}.{numbers[2]}".rstrip(".") if numbers else None,
+        l4t=l4t_release(release_file),
         power_mode=modes.get(int(active[1]), f"mode {int(active[1])}") if active else None,
         power_modes=modes,
         clock_min_mhz=low,

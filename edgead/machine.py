@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from edgead.gpu_state import run_tool
 
 # The first name that is installed counts: the same library is published under several.
 LIBRARIES = {
@@ -126,8 +127,10 @@ def _gpu_names() -> list[str]:
         return []
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+        done = run_tool(command, timeout_s=10)
+    except OSError:
+        return []
+    if done.returncode != 0:
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 

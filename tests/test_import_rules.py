@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "judge": ("errors", "image", "manifest", "result"),
     "detector": (*DEVICE, "judge"),
     "metrics": ("errors",),
-    "machine": ("errors",),
+    "machine": ("errors", "gpu_state"),
     "jetson": (),
     "gpu_state": ("jetson",),
     "doctor": (*DEVICE, "doctor", "machine", "jetson", "gpu_state", "flavour"),
@@ -62,7 +62,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "export.reduce": ("errors", "image", "metrics", "models", "training", "export"),
     "export.parity": ("errors", "image", "bundle", "models", "training.data", "runtime"),
     "flavour": ("errors",),
-    "engine": ("errors", "flavour"),
+    "engine": ("errors", "flavour", "jetson"),
     "engines": (
         "errors",
         "files",
