@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edgead import cli, runtime
 from edgead.cli import main
 from edgead.image import list_images, read_image
 
@@ -186,3 +187,8 @@ def test_a_closed_pipe_is_no_traceback(trained_bundle: Path, demo_images: Path) 
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait() != 0 and "Traceback" not in err
+
+
+def test_the_back_ends_to_choose_from_are_all_there_are() -> None:
+    """The command line does not import the runtime for them: --help stays quick."""
+    assert cli.BACKENDS == runtime.BACKENDS
