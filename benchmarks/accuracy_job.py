@@ -39,9 +39,9 @@ from edgead.evaluate import Evaluation, evaluate
 from edgead.export.pack import export_run
 from edgead.files import write_text
 from edgead.image import list_images
+from edgead.methods import trainer_of
 from edgead.training import train as training
 from edgead.training.data import open_dataset
-from edgead.training.fit import TrainConfig
 from edgead.training.run import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -133,13 +133,14 @@ def _result(folder: Path, threads: int | None) -> dict[str, Any]:
     dataset = open_dataset(root / job.data, seed=job.config["seed"])
     run, bundle = folder / "run", folder / BUNDLE_FILE
     if not (run / RUN_FILE).exists():
+        named: dict[str, str | None] = {"teacher": job.teacher, "penalty": job.penalty, "backbone": job.backbone}
+        files: dict[str, Any] = {option: root / name for option, name in named.items() if name}
         training.train(
             dataset,
             run,
-            TrainConfig(**job.config),
-            teacher=root / job.teacher if job.teacher else None,
-            penalty=root / job.penalty if job.penalty else None,
+            trainer_of(job.method).Config(**job.config),
             resume=True,
+            **files,
         )
     if not bundle.exists():
         export_run(run, bundle, precision=job.precision, name=job.name)
@@ -154,7 +155,7 @@ def _result(folder: Path, threads: int | None) -> dict[str, Any]:
         "train": {**record["training"], "starts": len((folder / STARTS_FILE).read_text().splitlines())},
         "images": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "data_fingerprint": record["data"]["fingerprint"],
-        "teacher_used": record["teacher"],
+        "teacher_used": record["weights"].get("teacher"),
         "penalty_used": record["penalty"],
         "made": record["made"],
     }

@@ -2,7 +2,7 @@
 
     [defaults]                      # for every data set; each may name its own
     method = ["efficientad-s", "efficientad-m"]
-    steps = 2000                    # or minutes; and whatever else `TrainConfig` has
+    steps = 2000                    # or minutes; and whatever else the method's `Config` has
     seeds = [0, 1, 2]
     penalty = "photos"              # folder of natural images
     teacher = "pdn.safetensors"     # default: the one that edgead ships
@@ -24,16 +24,14 @@ import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from edgead.benchmarks.accuracy_table import PUBLISHED
 from edgead.errors import DataError, TrainingError
 from edgead.export.pack import DTYPES
-from edgead.models.pdn import Size
-from edgead.training.fit import TrainConfig
+from edgead.methods import METHODS, configure
 
-METHODS = tuple(f"efficientad-{size}" for size in get_args(Size))
-_CONFIG = {field.name for field in fields(TrainConfig)} - {"size", "seed"}
+DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +40,12 @@ class Job:
 
     Attributes:
         name: Of the data set, in the table.
-        data: Folder of the data set; as `penalty` and `teacher` relative to the root of all paths.
-        config: All fields of `TrainConfig`.
+        data: Folder of the data set; as `penalty`, `teacher` and `backbone` relative to the root of all
+            paths.
+        config: All fields of the method's `Config`.
         penalty: Folder of natural images; None is what `edgead train` does without.
         teacher: Teacher file; None is the one that ships.
+        backbone: Weight file; None is the method's default.
         precision: Of the bundle.
         backend: That the bundle is evaluated with.
         published: Key of the figures to put beside these.
@@ -54,9 +54,10 @@ class Job:
     name: str
     data: str
     config: dict[str, Any]
-    method: str = METHODS[0]
+    method: str = next(iter(METHODS))
     penalty: str | None = None
     teacher: str | None = None
+    backbone: str | None = None
     precision: str = "fp32"
     backend: str = "auto"
     published: str | None = None
@@ -110,15 +111,11 @@ def _jobs(path: Path, defaults: dict[str, Any], entry: Any) -> list[Job]:
     if "steps" in own or "minutes" in own:
         defaults = {key: value for key, value in defaults.items() if key not in ("steps", "minutes")}
     settings = {**defaults, **own}
-    unknown = sorted(set(settings) - _CONFIG - _OWN - {"seeds"})
-    if unknown:
-        known = ", ".join(sorted(_CONFIG | _OWN | {"seeds"}))
-        raise DataError(f"{where}: {', '.join(unknown)} is unknown; known are {known}")
     if "steps" in settings and "minutes" in settings:
         raise DataError(f"{where}: has steps and minutes; choose one")
     if published is not None and published not in PUBLISHED:
         raise DataError(f"{where}: no published figures {published!r}; there are {', '.join(PUBLISHED)}")
-    seeds = settings.pop("seeds", TrainConfig.seed)
+    seeds = settings.pop("seeds", DEFAULT_SEED)
     axes = {**settings, "seed": seeds}  # the seed last, so that it varies fastest
     choices = [value if isinstance(value, list) else [value] for value in axes.values()]
     return [
@@ -136,7 +133,7 @@ def _job(where: str, values: dict[str, Any], **fixed: Any) -> Job:
             f" the precisions {', '.join(DTYPES)}"
         )
     try:
-        config = TrainConfig(size=method[-1], **values)
+        config = configure(method, **values)
     except (TrainingError, TypeError) as error:
         raise DataError(f"{where}: {error}") from error
     return Job(config=asdict(config), **own, **fixed)

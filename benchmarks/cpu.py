@@ -29,10 +29,11 @@ from edgead.export.graph import MergedGraph
 from edgead.export.pack import DTYPES
 from edgead.export.to_onnx import to_onnx
 from edgead.manifest import Calibration, InputSpec, Manifest, OutputSpec, Threshold
-from edgead.models.efficientad import EfficientAD, anomaly_map, normalise
+from edgead.models.efficientad import EfficientAD, anomaly_map
+from edgead.models.folding import normalise
 from edgead.models.pdn import FEATURES, PDN, Size
 from edgead.runtime import BACKENDS, open_backend
-from edgead.training.fit import build_model
+from edgead.training.efficientad import build_model
 from edgead.training.run import read_run
 
 FRAME_PX = 900

@@ -129,7 +129,7 @@ def naive(bench: Bench) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise NotMeasured("torch finds no CUDA device")
     from edgead.models.pdn import PDN
-    from edgead.training.fit import build_model
+    from edgead.training.efficientad import build_model
 
     # Speed does not depend on the weights: a bundle from elsewhere is compared with random ones.
     model = bench.model or build_model(PDN("m" if size == "m" else "s"), seed=0)
@@ -218,7 +218,8 @@ def eager(
     """
     import torch
 
-    from edgead.models.efficientad import IMAGENET_MEAN, IMAGENET_STD, anomaly_map
+    from edgead.models.efficientad import anomaly_map
+    from edgead.models.folding import IMAGENET_MEAN, IMAGENET_STD
     from edgead.models.pdn import FEATURES
 
     dtype = torch.float16 if device.startswith("cuda") else torch.float32

@@ -33,7 +33,8 @@ from edgead.models.efficientad import IMAGE_PX, EfficientAD
 from edgead.models.pdn import FEATURES, Size
 from edgead.runtime import open_backend
 from edgead.training.device import compute_dtype, keep_memory
-from edgead.training.fit import TeacherTargets, _step
+from edgead.training.efficientad import _step
+from edgead.training.teacher_targets import TeacherTargets
 
 CPU = torch.device("cpu")
 ENGINE_TARGET = "sm86"

@@ -20,8 +20,9 @@ from edgead.benchmarks.results_file import table, write_results
 from edgead.models.efficientad import EfficientAD
 from edgead.models.pdn import FEATURES, PDN
 from edgead.training.device import compute_dtype, keep_memory, pick_device
-from edgead.training.fit import TeacherTargets, _step, build_model, to_input
+from edgead.training.efficientad import _step, build_model
 from edgead.training.images import jitter
+from edgead.training.teacher_targets import TeacherTargets, to_input
 
 
 def plain_step(

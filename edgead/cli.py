@@ -12,9 +12,10 @@ from pathlib import Path
 
 from edgead import __version__, commands, device_commands
 from edgead.errors import EdgeADError
+from edgead.methods import METHODS
 
-METHODS = ("efficientad-s", "efficientad-m")
 BORDERS = ("published", "reflect")
+SIZE_BINS = ("cumulative", "disjoint")
 BACKENDS = ("tensorrt", "tensorrt-rtx", "torch-cuda", "openvino", "onnxruntime")
 _EXTRA = {  # module that is missing -> extra that brings it
     "torch": "train",
@@ -123,7 +124,7 @@ def _add_training_commands(command: _Command) -> None:
     sub.add_argument(
         "data", type=Path, metavar="DATA", help="MVTec AD, LOCO, VisA, BTAD or good/ + bad/ folder"
     )
-    sub.add_argument("--method", choices=METHODS, default=METHODS[0])
+    sub.add_argument("--method", choices=METHODS, default=next(iter(METHODS)))
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     sub.add_argument(
         "--teacher", type=Path, help="PDN teacher file (default: the PDN-S that comes with edgead)"
@@ -131,13 +132,21 @@ def _add_training_commands(command: _Command) -> None:
     sub.add_argument(
         "--penalty", type=Path, metavar="IMAGES", help="folder of natural images for the penalty"
     )
-    sub.add_argument("--steps", type=int, help="training steps (default: 70000, as published)")
+    sub.add_argument(
+        "--backbone",
+        type=Path,
+        metavar="FILE",
+        help="weights of the frozen network of stpm, fbft and protoad: MobileNetV2, ResNet, DINOv2"
+        " (default: the PDN-S that comes with edgead)",
+    )
+    sub.add_argument("--steps", type=int, help="training steps (default: as published)")
     sub.add_argument("--minutes", type=float, help="train for this long instead")
     sub.add_argument(
-        "--learning-rate",
-        type=float,
-        help="default: 0.0001, as published; 0.001 below 20,000 steps and with --minutes",
+        "--optimizer",
+        choices=("muon", "adam"),
+        help="of EfficientAD: adam, as published, from 20,000 steps on; muon for shorter runs (default)",
     )
+    sub.add_argument("--learning-rate", type=float, help="default: what suits the method")
     sub.add_argument(
         "--border",
         choices=BORDERS,
@@ -149,6 +158,12 @@ def _add_training_commands(command: _Command) -> None:
         metavar="K",
         help="train on K principal directions of the teacher instead of its 384 channels (default: 384,"
         " as published); fewer make steps and graph quicker",
+    )
+    sub.add_argument(
+        "--image-px", type=int, metavar="PX", help="side of the input of a vision transformer (fbft)"
+    )
+    sub.add_argument(
+        "--max-prototypes", type=int, metavar="K", help="most prototypes of protoad (default: 1024)"
     )
     sub.add_argument(
         "--false-reject", type=float, help="target share of good parts rejected (default: 0.01)"
@@ -178,7 +193,12 @@ def _add_distillation(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, help="training steps (default: 3000)")
     sub.add_argument("--minutes", type=float, help="stop after this time if the steps take longer")
     sub.add_argument("--batch", type=int, help="images per step, of all processes (default: 8)")
-    sub.add_argument("--learning-rate", type=float, help="at its highest (default: 0.001)")
+    sub.add_argument(
+        "--optimizer", choices=("muon", "adamw"), help="default: muon; the published run used Adam"
+    )
+    sub.add_argument(
+        "--learning-rate", type=float, help="at its highest (default: 0.02 of muon, 0.001 of adamw)"
+    )
     sub.add_argument(
         "--crop",
         type=float,
@@ -257,6 +277,22 @@ def _add_inspection_commands(command: _Command) -> None:
     sub.add_argument("data", type=Path, metavar="DATA")
     sub.add_argument("--json", type=Path, metavar="FILE")
     sub.add_argument("--html", type=Path, metavar="FILE")
+    sub.add_argument(
+        "--by-size", action="store_true", help="also AU-PRO by size of the defects, large to tiny"
+    )
+    sub.add_argument(
+        "--bins",
+        choices=SIZE_BINS,
+        help="with --by-size: each size bin with all smaller defects (cumulative, as published; default)"
+        " or without them (disjoint)",
+    )
+    sub.add_argument(
+        "--thresholds",
+        type=int,
+        metavar="N",
+        help="with --by-size: integrate over N thresholds instead of exactly; 99 to compare with"
+        " published figures",
+    )
 
 
 def _add_build(command: _Command) -> None:

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from edgead.training.distill import DistillConfig, distill
 
     names = ("size", "steps", "minutes", "batch", "learning_rate", "side_px", "whiten", "loss")
-    given = _given(arguments, *names, "precision", "seed")
+    given = _given(arguments, *names, "optimizer", "precision", "seed")
     if arguments.crop is not None:
         given["crop"] = tuple(arguments.crop)
     config = DistillConfig(**given)
@@ -80,12 +80,12 @@ def distill(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from edgead.methods import configure
     from edgead.training.data import open_dataset
-    from edgead.training.fit import TrainConfig
 
-    names = ("steps", "minutes", "learning_rate", "border", "targets", "false_reject", "seed")
-    given = _given(arguments, *names)
-    config = TrainConfig(size=arguments.method[-1], **given)
+    names = ("steps", "minutes", "optimizer", "learning_rate", "border", "targets", "image_px")
+    given = _given(arguments, *names, "max_prototypes", "false_reject", "seed")
+    config = configure(arguments.method, **given)
     dataset = open_dataset(arguments.data, seed=config.seed)
     record = train_with_bar(dataset, arguments.out, config, arguments)
     training, threshold = record["training"], record["threshold"]
@@ -106,15 +106,10 @@ def train_with_bar(
         "train", 1.0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     ) as bar:
 
-        def progress(fraction: float, step: int, losses: Any) -> None:
+        def progress(fraction: float, step: int, losses: Mapping[str, float]) -> None:
             if bar is not None:
-                bar.set_postfix(
-                    step=step,
-                    hard=f"{losses.hard:.3f}",
-                    penalty=f"{losses.penalty:.3f}",
-                    ae=f"{losses.autoencoder:.3f}",
-                    refresh=False,
-                )
+                text = {name: f"{value:.3f}" for name, value in losses.items()}
+                bar.set_postfix(step=step, **text, refresh=False)
                 bar.update(fraction - bar.n)
 
         return train(
@@ -122,10 +117,9 @@ def train_with_bar(
             out,
             config,
             progress=progress,
-            teacher=getattr(arguments, "teacher", None),
-            penalty=getattr(arguments, "penalty", None),
             device=getattr(arguments, "device", "auto"),
             resume=getattr(arguments, "resume", False),
+            **{name: getattr(arguments, name, None) for name in ("teacher", "penalty", "backbone")},
         )
 
 
@@ -330,15 +324,20 @@ def predict(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    from edgead.by_size import SizeConfig
     from edgead.detector import load
     from edgead.evaluate import evaluate
     from edgead.files import write_text
     from edgead.training.data import open_dataset
 
+    how = _given(arguments, "bins", "thresholds")
+    if how and not arguments.by_size:
+        raise DataError("--bins and --thresholds are for figures by size of the defects: add --by-size")
+    sizes = SizeConfig(**how) if arguments.by_size else None
     dataset = open_dataset(arguments.data)
     with load(arguments.bundle, backend=arguments.backend, threads=arguments.threads) as detector:
         with progress_bar("evaluate", unit="image") as bar:
-            evaluation = evaluate(detector, dataset, progress=counter(bar))
+            evaluation = evaluate(detector, dataset, sizes=sizes, progress=counter(bar))
     if arguments.json:
         write_text(arguments.json, evaluation.to_json())
     if arguments.html:
@@ -355,6 +354,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def summary(evaluation: Any) -> list[str]:
     """The figures of an evaluation for a terminal."""
+    from edgead import by_size
+
     e = evaluation
     lines = [
         f"{e.name}: {e.images} images ({e.good_images} good, {e.defect_images} with defects),"
@@ -376,6 +377,7 @@ def summary(evaluation: Any) -> list[str]:
     )
     return [
         *lines,
+        *(by_size.lines(e.by_size) if e.by_size else ()),
         *(f"note: {note}" for note in e.notes),
         *(f"error: {row['path']}: {row['message']}" for row in e.errors),
     ]

@@ -34,7 +34,7 @@ def demo(arguments: argparse.Namespace) -> None:
 def _train_and_export(data: Path, arguments: argparse.Namespace) -> Path:
     from edgead.export.pack import export_run
     from edgead.training.data import open_dataset
-    from edgead.training.fit import TrainConfig
+    from edgead.training.efficientad import TrainConfig
 
     run, bundle = arguments.out / "run", arguments.out / "tray.edgead"
     config = TrainConfig(minutes=arguments.minutes, seed=arguments.seed)

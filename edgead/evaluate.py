@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgead import machine, metrics
+from edgead.by_size import BySize, SizeConfig, by_size, open_pixels
 from edgead.errors import DataError
 from edgead.image import read_image
 
@@ -31,6 +32,7 @@ LATENCY_SCOPE = (
     "the whole detector call, from the decoded frame to the result; reading the file is not included,"
     " and one warm-up call before the first is left out"
 )
+_KEPT_MAP_PX = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,10 @@ class Evaluation:
         per_defect: defect name -> {images, image_auroc (against all good images), missed_defects,
             missed_defect_rate}.
         latency_ms: {p50, p90, p99, max, calls, scope}.
-        maps: the detector's anomaly map of each row, [h, w] float32; not part of the JSON.
+        by_size: AU-PRO by size of the defects; None when it was not asked for or cannot be computed. With
+            it memory is bounded, and `pixel_auroc` comes from a histogram of 2**20 bins.
+        maps: the detector's anomaly map of each row, [h, w] float32; not part of the JSON. With `by_size`
+            a map of more than 2**20 pixels is reduced to the highest value of each of its blocks.
     """
 
     dataset: str
@@ -93,6 +98,7 @@ class Evaluation:
     notes: list[str]
     errors: list[dict[str, str]]
     rows: list[Row]
+    by_size: BySize | None = None
     maps: list[np.ndarray] = field(repr=False, compare=False)
 
     def to_json(self) -> str:
@@ -103,7 +109,11 @@ class Evaluation:
 
 
 def evaluate(
-    detector: Detector, dataset: Dataset, *, progress: Callable[[int, int], None] | None = None
+    detector: Detector,
+    dataset: Dataset,
+    *,
+    sizes: SizeConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Judges every test image of a data set.
 
@@ -113,13 +123,14 @@ def evaluate(
     Args:
         detector: called once per test image with the RGB frame at its own size, once more to warm up.
         dataset: its `test` items, in their order.
+        sizes: asks for figures by size of the defects.
         progress: called with (images done, images in all) after each image.
 
     Raises:
-        DataError: no test image could be used.
+        DataError: no test image could be used; with `sizes`, also a defect image without a usable mask.
         BackendError: the back end failed; no later image would fare better.
     """
-    run = _Run(dataset.root)
+    run = _Run(dataset.root, open_pixels(dataset, sizes) if sizes else None)
     for done, item in enumerate(dataset.test, start=1):
         run.inspect(detector, item)
         if progress is not None:
@@ -133,7 +144,7 @@ def evaluate(
     scores, labels = [row.score for row in run.rows], [row.label for row in run.rows]
     threshold = detector.threshold
     f1, f1_threshold = metrics.f1_max(scores, labels)
-    has_pixels = not run.without_mask
+    au_pro_30, au_pro_05 = run.au_pro(0.3, 0.05)
     return Evaluation(
         dataset=dataset.name,
         name=detector.manifest.name,
@@ -146,9 +157,9 @@ def evaluate(
         defect_images=labels.count(1),
         regions=run.pixels.regions,
         image_auroc=metrics.image_auroc(scores, labels),
-        pixel_auroc=run.pixels.auroc() if has_pixels else math.nan,
-        au_pro_30=run.pixels.au_pro(0.3) if has_pixels else math.nan,
-        au_pro_05=run.pixels.au_pro(0.05) if has_pixels else math.nan,
+        pixel_auroc=math.nan if run.without_mask else run.pixels.auroc(),
+        au_pro_30=au_pro_30,
+        au_pro_05=au_pro_05,
         f1_max=f1,
         f1_max_threshold=f1_threshold,
         threshold=threshold,
@@ -165,6 +176,9 @@ def evaluate(
         notes=_notes(run, len(dataset.test)),
         errors=run.errors,
         rows=run.rows,
+        by_size=by_size(run.pixels, [row.path for row in run.rows], sizes, threshold=threshold)
+        if sizes and not run.without_mask
+        else None,
         maps=run.maps,
     )
 
@@ -172,13 +186,19 @@ def evaluate(
 class _Run:
     """What is collected image by image."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, bounded: metrics.PixelScores | None) -> None:
         self.root = root
+        self.is_bounded = bounded is not None
         self.rows: list[Row] = []
         self.maps: list[np.ndarray] = []
         self.errors: list[dict[str, str]] = []
-        self.pixels = metrics.PixelScores()
+        self.pixels = bounded or metrics.PixelScores()
         self.without_mask = 0
+
+    def au_pro(self, *limits: float) -> list[float]:
+        """AU-PRO at each limit; NaN where it cannot be computed."""
+        values = np.empty((0, 0)) if self.without_mask else self.pixels.region_au_pro(limits)
+        return [float(column.mean()) for column in values.T] if len(values) else [math.nan] * len(limits)
 
     def inspect(self, detector: Detector, item: TestItem) -> None:
         try:
@@ -200,7 +220,7 @@ class _Run:
             latency_ms=latency_ms,
         )
         self.rows.append(row)
-        self.maps.append(result.anomaly_map)
+        self.maps.append(_reduced(result.anomaly_map) if self.is_bounded else result.anomaly_map)
         self._add_pixels(result, item, (frame.shape[0], frame.shape[1]))
 
     def _add_pixels(self, result: Result, item: TestItem, size_px: tuple[int, int]) -> None:
@@ -220,6 +240,15 @@ class _Run:
     def _fail(self, path: Path, error: Exception) -> None:
         message = str(error).replace(f"{self.root}{os.sep}", "")
         self.errors.append({"path": relative_path(path, self.root), "message": message})
+
+
+def _reduced(anomaly_map: np.ndarray) -> np.ndarray:
+    """The map, or where it is large the highest values of its blocks."""
+    side = math.ceil(math.sqrt(anomaly_map.size / _KEPT_MAP_PX))
+    if side <= 1:
+        return anomaly_map
+    rows = np.maximum.reduceat(anomaly_map, np.arange(0, anomaly_map.shape[0], side), axis=0)
+    return np.maximum.reduceat(rows, np.arange(0, anomaly_map.shape[1], side), axis=1)
 
 
 def relative_path(path: Path, root: Path) -> str:

@@ -7,8 +7,10 @@ bundles) is escaped. Drawing needs Jinja and matplotlib: `pip install "edgead[re
 from __future__ import annotations
 
 import base64
+import functools
 import importlib.resources
 import io
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgead import metrics
+from edgead.by_size import BySize, Component, area_text, remarks, tiniest
 from edgead.errors import DataError, EdgeADError
 from edgead.evaluate import Evaluation, Row, relative_path
 from edgead.files import write_bytes
-from edgead.image import overlay, read_image, resize
+from edgead.image import enlarge, overlay, read_image, resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 THUMBNAIL_PX = 220
 JPEG_QUALITY = 85
+CROP_PX = 64  # shortest side of the surroundings in which a small defect is shown
+STRIP = 8  # how many of the tiniest defects found, and missed, are shown
 # Plots are drawn in these colours, which then become variables of the page, to follow its theme.
 INK, GRID, MARK = "#010203", "#010204", "#010205"
 SERIES = tuple(f"#0102{10 + index}" for index in range(8))  # the first is for good images
@@ -105,13 +110,18 @@ def write_report(
     low, high = heat_scale(evaluation)
     defects = sorted(evaluation.per_defect)
     series = {"good": 0} | {name: 1 + index % (len(SERIES) - 1) for index, name in enumerate(defects)}
+    strip = tiniest(evaluation.by_size, STRIP)
+    thumbnails, crops = _draw_pictures(evaluation, pictures, strip, low=low, high=high)
     html = environment.from_string(_template()).render(
         evaluation=evaluation,
         title=title,
         remark=remark,
         defects=defects,
         series=series,
-        cards=_cards(evaluation, pictures, kinds=list(series), low=low, high=high),
+        cards=_cards(evaluation, thumbnails, kinds=list(series)),
+        strip=strip,
+        crops=crops,
+        remarks=remarks(evaluation.by_size) if evaluation.by_size else [],
         wrong=sum(not row.is_right for row in evaluation.rows),
         heat={"low": low, "high": high, "bar": _heat_bar()},
         plots=_plots(evaluation, series),
@@ -157,7 +167,7 @@ def _environment() -> Any:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": _figure_text, "percent": _percent_text}
+    environment.filters |= {"figure": _figure_text, "percent": _percent_text, "area": area_text}
     return environment
 
 
@@ -173,17 +183,44 @@ def _percent_text(value: float) -> str:
     return f"{100 * value:.1f} %" if math.isfinite(value) else "n/a"
 
 
-def _cards(
+def _draw_pictures(
     evaluation: Evaluation,
     pictures: Iterable[Picture],
+    strip: Mapping[str, Sequence[Component]],
     *,
-    kinds: Sequence[str],
     low: float,
     high: float,
+) -> tuple[dict[str, dict[str, Any]], dict[Component, dict[str, Any]]]:
+    """Thumbnails of the rows by path, and of the surroundings of the components in the strip."""
+    maps = {row.path: m for row, m in zip(evaluation.rows, evaluation.maps, strict=True)}
+    thumbnails, crops = {}, {}
+    for picture in pictures:
+        anomaly_map = maps[picture.path]
+        thumbnails[picture.path] = _thumbnails(picture, anomaly_map, low=low, high=high)
+        for component in itertools.chain.from_iterable(strip.values()):
+            if component.path == picture.path:
+                around, part = _surroundings(picture, anomaly_map, component.box_px)
+                crops[component] = _thumbnails(around, part, low=low, high=high)
+    return thumbnails, crops
+
+
+def _surroundings(
+    picture: Picture, anomaly_map: np.ndarray, box_px: tuple[int, int, int, int]
+) -> tuple[Picture, np.ndarray]:
+    """What is in and around a box, at the original resolution: image with mask, and map."""
+    left, top, width, height = box_px
+    half_px = max(CROP_PX, 2 * max(width, height)) // 2
+    x, y = left + width // 2, top + height // 2
+    part = (slice(max(0, y - half_px), y + half_px), slice(max(0, x - half_px), x + half_px))
+    whole = enlarge(anomaly_map, picture.image.shape[0], picture.image.shape[1])
+    mask = None if picture.mask is None else picture.mask[part]
+    return Picture(picture.path, picture.image[part], mask), whole[part]
+
+
+def _cards(
+    evaluation: Evaluation, thumbnails: Mapping[str, dict[str, Any]], *, kinds: Sequence[str]
 ) -> list[dict[str, Any]]:
     """One entry per row: the wrong verdicts, the worst first, then the right ones, the closest first."""
-    maps = {row.path: m for row, m in zip(evaluation.rows, evaluation.maps, strict=True)}
-    thumbnails = {p.path: _thumbnails(p, maps[p.path], low=low, high=high) for p in pictures}
     threshold = evaluation.threshold
     top = max([threshold, *(row.score for row in evaluation.rows)])
     bottom = min([threshold, 0.0, *(row.score for row in evaluation.rows)])
@@ -258,6 +295,9 @@ def _plots(evaluation: Evaluation, series: Mapping[str, int]) -> dict[str, Any]:
         if evaluation.good_images and evaluation.defect_images
         else None,
         "latency": _svg("latency", (4.6, 2.4), lambda axes: _draw_latency(axes, evaluation)),
+        "by_size": _svg("by_size", (4.0, 3.2), functools.partial(_draw_by_size, figures=by_size))
+        if (by_size := evaluation.by_size)
+        else None,
     }
 
 
@@ -295,6 +335,21 @@ def _draw_latency(axes: Axes, evaluation: Evaluation) -> None:
     for name, style in (("p50", "-"), ("p90", "--"), ("p99", ":")):
         axes.axvline(evaluation.latency_ms[name], color=INK, linestyle=style, linewidth=1.2)
     axes.set(xlabel="milliseconds per call", ylabel="calls")
+
+
+def _draw_by_size(axes: Axes, figures: BySize) -> None:
+    """AU-PRO of the bins at their median areas, and of each component at the largest limit."""
+    areas_px = [one.area_px for one in figures.components]
+    alone = [one.au_pro[0] for one in figures.components]
+    axes.scatter(areas_px, alone, s=9, color=SERIES[0], alpha=0.4, linewidth=0)
+    medians_px = [one.median_px for one in figures.bins]
+    for column, _ in enumerate(figures.limits):
+        values = [one.au_pro[column] for one in figures.bins]
+        axes.plot(medians_px, values, "o-", color=SERIES[column], markersize=5, clip_on=False)
+    axes.set(xscale="log", xlabel="area of the defect, px", ylabel="AU-PRO", ylim=(0, 1))
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def _svg(name: str, size_in: tuple[float, float], draw: Callable[[Axes], None]) -> Any:

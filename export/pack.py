@@ -29,7 +29,8 @@ from edgead.manifest import (
     OutputSpec,
     Threshold,
 )
-from edgead.models.efficientad import IMAGE_PX, MAP_CELLS, EfficientAD
+from edgead.models.base import AnomalyModel
+from edgead.models.efficientad import EfficientAD
 from edgead.training.data import open_dataset
 from edgead.training.run import Run, read_run
 
@@ -37,11 +38,9 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 MAX_FRAME_PX = 8192
-MEANING = (
-    "map = student_scale * mean_c((T - S)^2) + autoencoder_scale * mean_c((A - S')^2) + offset,"
-    " over the raw maps of EfficientAD (arXiv 2303.14535), or over fewer directions of them"
-    " (model.targets, model.reduction);"
-    " 0 at the 0.9 quantile of good validation images, 0.1 at the 0.995 quantile"
+SCALE = (
+    "map = the sum of each raw map times its scale, plus offset;"
+    " 0 at the 0.9 quantile of good validation images, 0.1 at the 0.995 quantile."
 )
 
 
@@ -75,22 +74,22 @@ def export_run(
     """
     if precision not in DTYPES:
         raise ExportError(f"precision {precision!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if frame is not None and not all(IMAGE_PX <= side <= MAX_FRAME_PX for side in frame):
-        raise ExportError(
-            f"frame {frame[0]}x{frame[1]}:"
-            f" both sides have to lie between {IMAGE_PX} and {MAX_FRAME_PX} px"
-        )
     finished = read_run(run)
-    record = finished.record
+    record, smallest = finished.record, finished.model.input_px
+    if frame and not all(s <= side <= MAX_FRAME_PX for s, side in zip(smallest, frame, strict=True)):
+        raise ExportError(
+            f"frame {frame[0]}x{frame[1]}: it has to lie between {smallest[0]}x{smallest[1]} px, the"
+            f" networks' size, and {MAX_FRAME_PX} px (height x width)"
+        )
     root = Path(record["data"]["root"])
     images = _images(record, root)
     finished, reduction, outcome = _reduced(finished, images, reduce, progress)
     record = finished.record
-    rotations = reduction.rotations if reduction else None
-    graph = MergedGraph(finished.model, dtype=DTYPES[precision], frame=frame, rotations=rotations)
+    model = Reduced(finished.model, reduction.rotations) if reduction else finished.model
+    graph = MergedGraph(model, dtype=DTYPES[precision], frame=frame)
     content = to_onnx(graph)
     parity, golden = compare(
-        Reduced(finished.model, rotations) if rotations else finished.model,
+        model,
         content,
         images,
         precision=precision,
@@ -124,10 +123,15 @@ def _reduced(
     run: Run, images: list[Path], reduce: str, progress: Callable[[int, int], None] | None
 ) -> tuple[Run, Reduction | None, dict[str, Any]]:
     """The run, calibrated anew if reduced, the reduction, and what the manifest says of it."""
+    if reduce == "off":
+        return run, None, {}
+    if not isinstance(run.model, EfficientAD):
+        raise ExportError(
+            f"--reduce {reduce}: this is a run of {run.record['method']}; only EfficientAD has"
+            " directions to reduce. Leave the option out"
+        )
     channels = run.model.targets
     sizes = sizes_for(reduce, channels)
-    if not sizes:
-        return run, None, {}
     labels = _labels(run.record)
     found = reduce_run(run, images, labels, sizes=sizes, progress=progress)
     about = {"asked": reduce, "of": channels}
@@ -159,7 +163,8 @@ def _manifest(
     run: Run, parity: Parity, precision: str, frame: tuple[int, int] | None, name: str
 ) -> Manifest:
     record = run.record
-    height, width = frame or (IMAGE_PX, IMAGE_PX)
+    model = run.model
+    height, width = frame or model.input_px
     threshold = {key: value for key, value in record["threshold"].items() if key != "claim"}
     return Manifest(
         method=record["method"],
@@ -168,31 +173,31 @@ def _manifest(
         input=InputSpec(height=height, width=width, resize=RESIZE_IN_GRAPH if frame else RESIZE_ON_HOST),
         outputs={
             "score": OutputSpec(shape=("N",)),
-            "anomaly_map": OutputSpec(shape=("N", MAP_CELLS, MAP_CELLS)),
+            "anomaly_map": OutputSpec(shape=("N", *model.map_cells)),
         },
         calibration=Calibration(
             values=tuple(record["calibration"]["values"]),
-            names=("student_scale", "autoencoder_scale", "offset"),
-            meaning=MEANING,
+            names=tuple(record["calibration"]["names"]),
+            meaning=f"{SCALE} The raw maps: {model.meaning}",
             quantiles=record["calibration"]["quantiles"],
         ),
         threshold=Threshold(**threshold),
         parity=parity.to_dict(),
-        model=_describe_model(run.model) | {"teacher": record["teacher"]},
+        model=_describe_model(model) | model.architecture() | record["weights"],
         provenance=_provenance(record),
     )
 
 
-def _describe_model(model: EfficientAD) -> dict[str, Any]:
-    """Size and cost of the networks as published; the fused graph needs no more."""
-    image = torch.zeros(1, 3, IMAGE_PX, IMAGE_PX, dtype=torch.uint8)
-    return _counted(model, image) | {"border": model.border, "targets": model.targets}
+def _describe_model(model: AnomalyModel) -> dict[str, Any]:
+    """Size and cost of the networks as published; the merged graph needs no more."""
+    return _counted(model, torch.zeros(1, 3, *model.input_px, dtype=torch.uint8))
 
 
 def _cost(graph: MergedGraph) -> dict[str, Any]:
     """The same of a graph with fewer directions."""
-    height, width = graph.frame or (IMAGE_PX, IMAGE_PX)
-    return _counted(graph, torch.zeros(1, height, width, 3, dtype=torch.uint8), torch.zeros(3))
+    height, width = graph.frame or graph.input_px
+    image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    return _counted(graph, image, torch.zeros(graph.calibration_values))
 
 
 def _counted(module: torch.nn.Module, *inputs: torch.Tensor) -> dict[str, Any]:
@@ -218,7 +223,7 @@ def _provenance(record: dict[str, Any]) -> dict[str, Any]:
             "fingerprint": data["fingerprint"],
             "images": counts,
         },
-        "penalty": record["penalty"],
+        **({"penalty": record["penalty"]} if "penalty" in record else {}),
         "training": record["training"] | {"config": record["config"]},
         "trained": record["made"],
         "exported": {

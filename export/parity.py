@@ -1,7 +1,7 @@
 """The parity gate: an exported graph must give the verdicts of the trained networks, image by image.
 
-The reference is the plain PyTorch definition in FP32 (`EfficientAD.forward`), not the fused module that
-was exported, so that a wrong fold is caught as well as a wrong export.
+The reference is the plain PyTorch definition in FP32 (`AnomalyModel.forward`), not the merged module
+that was exported, so that a wrong fold is caught as well as a wrong export.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from edgead.bundle import Golden
 from edgead.errors import ExportError
 from edgead.image import read_image, resize
-from edgead.models.efficientad import IMAGE_PX, anomaly_map, anomaly_score
+from edgead.models.base import AnomalyModel
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
 """Largest deviation of a score, and of a map value, relative to the spread of the scores.
@@ -83,7 +83,7 @@ class Parity:
 
 
 def compare(
-    model: torch.nn.Module,
+    model: AnomalyModel,
     onnx_content: bytes,
     images: Sequence[Path],
     *,
@@ -97,7 +97,7 @@ def compare(
     """Run reference and graph on real images.
 
     Args:
-        model: Gives the raw maps of uint8 images [N, 3, 256, 256]: `EfficientAD`, or its `Reduced` form.
+        model: The networks in plain form.
         images: Image files; of more than 500, 500 at equal distances are taken.
         frame: Size of the graph's input where the graph resizes; images of another size are fitted
             first.
@@ -117,7 +117,7 @@ def compare(
         )
     taken = np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).round().astype(int)
     chosen = [images[i] for i in taken]
-    size = frame or (IMAGE_PX, IMAGE_PX)
+    size = frame or model.input_px
     reference, exported, map_deviations = _run_both(
         model, onnx_content, chosen, size=size, calibration=calibration, progress=progress
     )
@@ -138,7 +138,7 @@ def compare(
 
 
 def _run_both(
-    model: torch.nn.Module,
+    model: AnomalyModel,
     onnx_content: bytes,
     paths: list[Path],
     *,
@@ -152,7 +152,7 @@ def _run_both(
     map_deviations = np.empty(len(paths))
     for index, path in enumerate(paths):
         fitted = resize(read_image(path), *size)
-        reference[index], cells = _reference(model, resize(fitted, IMAGE_PX, IMAGE_PX), calibration)
+        reference[index], cells = _reference(model, fitted, calibration)
         score, exported_cells = session.run(None, {"image": fitted[None], "calibration": calibration})
         exported[index] = score[0]
         map_deviations[index] = np.abs(exported_cells[0] - cells).max()
@@ -214,10 +214,10 @@ def choose_golden(
 
 
 def _golden(
-    model: torch.nn.Module, paths: list[Path], size: tuple[int, int], calibration: np.ndarray
+    model: AnomalyModel, paths: list[Path], size: tuple[int, int], calibration: np.ndarray
 ) -> Golden:
     images = np.stack([resize(read_image(path), *size) for path in paths])
-    answers = [_reference(model, resize(image, IMAGE_PX, IMAGE_PX), calibration) for image in images]
+    answers = [_reference(model, image, calibration) for image in images]
     return Golden(
         images,
         np.array([score for score, _ in answers], np.float32),
@@ -227,9 +227,10 @@ def _golden(
 
 @torch.inference_mode()
 def _reference(
-    model: torch.nn.Module, image: np.ndarray, calibration: np.ndarray
+    model: AnomalyModel, frame: np.ndarray, calibration: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Score and map float32 [64, 64] of an image uint8 [256, 256, 3]."""
-    local, logical = model(torch.from_numpy(image.copy()[None]).permute(0, 3, 1, 2))
-    maps = anomaly_map(local, logical, torch.from_numpy(calibration))
-    return float(anomaly_score(maps)[0]), maps[0].numpy()
+    """Score and map float32 [*map_cells] of a frame uint8 [H, W, 3]."""
+    image = resize(frame, *model.input_px)
+    raw = model(torch.from_numpy(image.copy()[None]).permute(0, 3, 1, 2))
+    maps = model.anomaly_map(raw, torch.from_numpy(calibration))
+    return float(model.score(maps)[0]), maps[0].numpy()

@@ -29,7 +29,9 @@ from edgead.errors import ExportError
 from edgead.export.parity import MAX_IMAGES, Flip
 from edgead.image import list_images, read_image, resize
 from edgead.metrics import image_auroc
-from edgead.models.efficientad import IMAGE_PX, EfficientAD, anomaly_map, anomaly_score, normalise
+from edgead.models.base import AnomalyModel
+from edgead.models.efficientad import IMAGE_PX, EfficientAD, anomaly_map, anomaly_score
+from edgead.models.folding import normalise
 from edgead.training.demo_data import render_distractors
 from edgead.training.directions import SecondMoment, directions_of
 from edgead.training.run import Run
@@ -120,12 +122,24 @@ class Reduction:
     refused: dict[str, list[str]]
 
 
-class Reduced(nn.Module):
+class Reduced(AnomalyModel):
     """The networks with rotated differences in plain form: the reference for the fused graph."""
+
+    input_px, map_cells, raw_names = EfficientAD.input_px, EfficientAD.map_cells, EfficientAD.raw_names
+    meaning = EfficientAD.meaning
 
     def __init__(self, model: EfficientAD, rotations: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.model, self.rotations = model, rotations
+
+    def architecture(self) -> dict[str, Any]:
+        return self.model.architecture()
+
+    def merged(self, dtype: torch.dtype) -> nn.Module:
+        return self.model.merged(dtype, rotations=self.rotations)
+
+    def anomaly_map(self, raw: tuple[Tensor, ...], calibration: Tensor) -> Tensor:
+        return self.model.anomaly_map(raw, calibration)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Raw maps as those of `EfficientAD.forward`."""
@@ -178,16 +192,18 @@ def reduce_run(
     Returns:
         The reduction; if none passes, what broke each gate.
     """
+    model = run.model
+    assert isinstance(model, EfficientAD)
     root = Path(run.record["data"]["root"])
-    directions = difference_directions(run.model, [root / path for path in run.record["data"]["train"]])
+    directions = difference_directions(model, [root / path for path in run.record["data"]["train"]])
     rotations = {k: (folding(directions[0], k), folding(directions[1], k)) for k in sizes}
     good = len(run.record["data"]["validation"])
     test = images[good:]
     taken = np.linspace(0, len(test) - 1, min(len(test), MAX_IMAGES)).round().astype(int)
     chosen = [*images[:good], *(test[i] for i in taken)]
-    maps = _Maps(len(chosen), run.model.cells, rotations, directions)
+    maps = _Maps(len(chosen), model.cells, rotations, directions)
     for index, path in enumerate(chosen):
-        maps.add(index, *_differences(run.model, path))
+        maps.add(index, *_differences(model, path))
         if progress:
             progress(index + 1, len(chosen))
     names = [path.relative_to(root).as_posix() for path in chosen]
@@ -195,9 +211,8 @@ def reduce_run(
     refused: dict[str, list[str]] = {}
     for k in sizes:
         local, logical = maps.raw[k]
-        calibration, threshold = calibration_of(
-            local[:good], logical[:good], run.record["config"]["false_reject"]
-        )
+        raw, false_reject = (local[:good], logical[:good]), run.record["config"]["false_reject"]
+        calibration, threshold = calibration_of(run.model, raw, false_reject)
         gate = _gate(run, maps, k, names, known, calibration, threshold)
         if not gate.failures:
             return Reduction(rotations[k], calibration, threshold, gate, refused)

@@ -14,7 +14,6 @@ import torch
 
 from edgead.errors import ExportError
 from edgead.export.graph import MergedGraph
-from edgead.models.efficientad import IMAGE_PX, MAP_CELLS
 
 OPSET = 18
 MAX_BATCH = 64
@@ -29,8 +28,11 @@ def to_onnx(graph: MergedGraph) -> bytes:
         ExportError: the exporter gave another opset, double precision, training nodes or a node that
             TensorRT's parsers refuse.
     """
-    height, width = graph.frame or (IMAGE_PX, IMAGE_PX)
-    example = (torch.zeros(2, height, width, 3, dtype=torch.uint8), torch.zeros(3))
+    height, width = graph.frame or graph.input_px
+    example = (
+        torch.zeros(2, height, width, 3, dtype=torch.uint8),
+        torch.zeros(graph.calibration_values),
+    )
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     with _quiet():
         model = _export(graph, example) if version >= (2, 5) else _export_torch_2_4(graph, example)
@@ -39,9 +41,9 @@ def to_onnx(graph: MergedGraph) -> bytes:
         sizes = value.type.tensor_type.shape.dim
         if sizes[0].dim_param:
             sizes[0].dim_param = "batch"
-        for size in sizes[1:]:
-            if size.dim_param:
-                size.dim_value = MAP_CELLS
+        if value.name == "anomaly_map":
+            for size, cells in zip(sizes[1:], graph.map_cells, strict=True):
+                size.dim_value = cells
     check(model)
     return model.SerializeToString()
 

@@ -229,7 +229,7 @@ def trained_run(
 ) -> Path:
     """A finished EfficientAD-S run of 3 steps: real in all parts, hardly trained. Leave it as it is."""
     from edgead.training.data import open_dataset
-    from edgead.training.fit import TrainConfig
+    from edgead.training.efficientad import TrainConfig
     from edgead.training.train import train
 
     run = tmp_path_factory.mktemp("run") / "tray"

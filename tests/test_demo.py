@@ -16,7 +16,7 @@ from edgead.training import demo_data
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     fewer = functools.partial(demo_data.render_demo, train=6, good=2, defective=7)
     monkeypatch.setattr(demo_data, "render_demo", fewer)
-    monkeypatch.setattr("edgead.training.train.DISTRACTORS", 3)
+    monkeypatch.setattr("edgead.training.efficientad.DISTRACTORS", 3)
     monkeypatch.delenv("EDGEAD_PENALTY_IMAGES", raising=False)
 
 

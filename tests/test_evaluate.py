@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from edgead import metrics
+from edgead.by_size import SizeConfig
 from edgead.errors import BackendError, DataError
 from edgead.evaluate import Evaluation, evaluate
 from edgead.image import write_image
@@ -133,12 +134,26 @@ def test_json_has_every_figure_and_no_maps(parts: Path) -> None:
     wanted = {
         *("dataset", "method", "backend", "precision", "images", "image_auroc", "pixel_auroc"),
         *("au_pro_30", "au_pro_05", "f1_max", "threshold", "false_reject_rate", "missed_defect_rate"),
-        *("per_defect", "latency_ms", "machine", "rows", "errors", "notes"),
+        *("per_defect", "latency_ms", "machine", "rows", "errors", "notes", "by_size"),
     }
     assert wanted <= set(record)
     assert "maps" not in record
     assert set(record["rows"][0]) == {"path", "label", "defect", "score", "is_anomalous", "latency_ms"}
     assert len(record["rows"]) == 7
+
+
+def test_large_maps_are_kept_as_the_highest_values_of_their_blocks(
+    parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgead.evaluate._KEPT_MAP_PX", 4)  # maps have 3 x 4 pixels: blocks of 2 x 2
+    whole = run(parts)
+    kept = evaluate(BrightnessDetector(), open_dataset(parts), sizes=SizeConfig())
+    for large, small in zip(whole.maps, kept.maps, strict=True):
+        assert large.shape == (3, 4) and small.shape == (2, 2)
+        assert small[0, 1] == large[:2, 2:].max() and small[1, 0] == large[2, :2].max()
+    assert kept.au_pro_30 == pytest.approx(whole.au_pro_30)
+    assert kept.by_size is not None
+    assert [one.path for one in kept.by_size.components if not one.is_found] == ["test/scratch/001.png"]
 
 
 def test_one_warm_up_call_is_left_out_of_the_latency(parts: Path) -> None:

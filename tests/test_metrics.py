@@ -138,6 +138,97 @@ def test_perfect_and_constant_maps(pixels: tuple[list, list], limit: float) -> N
     assert metrics.pixel_auroc(constant, masks) == pytest.approx(0.5)
 
 
+def bounded(maps: list[np.ndarray], masks: list[np.ndarray], share: float) -> metrics.PixelScores:
+    """Scores of which only the highest share of all pixels is kept."""
+    keep_px = int(share * sum(mask.size for mask in masks)) + 2
+    pixels = metrics.PixelScores(keep_px=keep_px)
+    for anomaly_map, mask in zip(maps, masks, strict=True):
+        pixels.add(anomaly_map, mask)
+    return pixels
+
+
+@settings(deadline=None)
+@given(pixel_sets(), st.sampled_from([0.01, 0.05, 0.1, 0.3]))
+def test_a_bound_on_memory_changes_no_au_pro(pixels: tuple[list, list], limit: float) -> None:
+    maps, masks = pixels
+    few = bounded(maps, masks, limit)
+    assert few.au_pro(limit) == pytest.approx(metrics.au_pro(maps, masks, limits=(limit,))[0], abs=1e-12)
+    # Levels are further apart than the bins of the histogram: the same ties, the same figure.
+    assert few.auroc() == pytest.approx(metrics.pixel_auroc(maps, masks), abs=1e-12)
+
+
+def test_a_limit_beyond_what_was_kept_is_refused() -> None:
+    rng = np.random.default_rng(3)
+    maps, masks = [rng.random((40, 50), dtype=np.float32)], [np.zeros((40, 50), dtype=bool)]
+    masks[0][3:6, 7:9] = True
+    pixels = bounded(maps, masks, 0.1)
+    assert pixels.au_pro(0.1) == metrics.au_pro(maps, masks, limits=(0.1,))[0]
+    with pytest.raises(DataError, match="were kept, 598 are needed"):
+        pixels.au_pro(0.3)
+
+
+def test_auroc_of_a_histogram_is_near_the_exact_one() -> None:
+    rng = np.random.default_rng(4)
+    mask = rng.random((400, 500)) < 0.05
+    anomaly_map = (0.2 + 0.1 * rng.normal(size=mask.shape) + 0.1 * mask).astype(np.float32)
+    exact = metrics.pixel_auroc([anomaly_map], [mask])
+    # In a bin of 2e-4 or less meet one in 1,000 pairs at most; which of the two is higher is chance.
+    assert bounded([anomaly_map], [mask], 0.3).auroc() == pytest.approx(exact, abs=2e-6)
+
+
+def recipe_au_pro(
+    maps: list[np.ndarray], masks: list[np.ndarray], limit: float, thresholds: int
+) -> float:
+    """The published recipe, written out: FPR by rank, PRO by `>`, the point (1, 1), trapezoid to L."""
+    regions = [
+        anomaly_map[region]
+        for anomaly_map, mask in zip(maps, masks, strict=True)
+        for region in flood_fill_regions(mask)
+    ]
+    negatives = np.sort(np.concatenate([m[~mask] for m, mask in zip(maps, masks, strict=True)]))
+    x, y = [1.0], [1.0]
+    for rank in np.linspace(0, negatives.size - 1, thresholds, dtype=int):
+        x.append(1 - (rank + 1) / negatives.size)
+        y.append(float(np.mean([np.mean(region > negatives[rank]) for region in regions])))
+    x, y = x[::-1], y[::-1]
+    inside = [i for i, rate in enumerate(x) if rate <= limit]
+    last, end = inside[-1], x[inside[-1]]
+    xs, ys = x[: last + 1], y[: last + 1]
+    if end < limit:
+        slope = (y[last + 1] - y[last]) / (x[last + 1] - x[last])
+        xs, ys = [*xs, limit], [*ys, y[last] + (limit - end) * slope]
+    return sum((xs[i + 1] - xs[i]) * (ys[i + 1] + ys[i]) / 2 for i in range(len(xs) - 1)) / limit
+
+
+@settings(deadline=None)
+@given(pixel_sets(), st.sampled_from([0.01, 0.05, 0.1, 0.3]), st.sampled_from([2, 3, 10, 99]))
+def test_thresholds_follow_the_published_recipe(
+    pixels: tuple[list, list], limit: float, thresholds: int
+) -> None:
+    maps, masks = pixels
+    few = bounded(maps, masks, min(1.0, limit + 1 / (thresholds - 1)))
+    values = few.region_au_pro((limit,), thresholds=thresholds)
+    expected = recipe_au_pro(maps, masks, limit, thresholds)
+    assert values.mean() == pytest.approx(expected, abs=1e-9)
+
+
+def test_regions_know_their_image_place_and_peak() -> None:
+    pixels = metrics.PixelScores()
+    pixels.add(np.zeros((4, 4)), np.zeros((4, 4), dtype=bool))
+    pixels.add(MAP_A, MASK)
+    first, second = pixels.list_regions()
+    assert (first.image, first.area_px, first.box_px) == (1, 3, (0, 0, 2, 2))
+    assert (second.image, second.area_px, second.box_px) == (1, 1, (3, 3, 1, 1))
+    assert (first.peak, second.peak) == pytest.approx((0.9, 0.5))
+    assert pixels.background_px == 16 + 12
+    alone = metrics.PixelScores()
+    alone.add(MAP_A, MASK)
+    values = alone.region_au_pro((0.3, 0.1))
+    assert values.shape == (2, 2)
+    # By hand: the small one counts from 2 of 12 background pixels on; the mean of the two is 0.583333.
+    assert values[:, 0] == pytest.approx((0.722222, 0.444444), abs=1e-6)
+
+
 @settings(deadline=None)
 @given(pixel_sets())
 def test_au_pro_at_1_of_a_single_region_is_its_pixel_auroc(pixels: tuple[list, list]) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgead.by_size import SizeConfig, by_size
 from edgead.errors import EdgeADError
 from edgead.evaluate import Evaluation, Row
-from edgead.image import write_image
+from edgead.image import enlarge, write_image
+from edgead.metrics import PixelScores
 from edgead.report import THUMBNAIL_PX, Picture, heat_scale, load_pictures, write_report
 from edgead.training import data
 
@@ -225,6 +227,55 @@ def test_the_mask_is_outlined_on_the_heat_map(tmp_path: Path) -> None:
     assert brightest[43, 90:130].min() > 180
     assert brightest[50:60, 95:125].max() < 120
     assert by_name["heat map of b.png"].max() < 100
+
+
+def sized(bins: str) -> tuple[Evaluation, list[Picture]]:
+    """An evaluation with figures by size: defects with a large component that the map shows and a speck
+    of 3 x 3 px that it does not."""
+    evaluation, pixels, pictures = make_evaluation(), PixelScores(), make_pictures(make_evaluation())
+    for index, picture in enumerate(pictures):
+        mask = np.zeros((300, 600), dtype=bool)
+        if picture.mask is not None:
+            mask = picture.mask.copy()
+            mask[20:23, 30:33] = True
+            image = picture.image.copy()
+            image[20:23, 30:33] = 255
+            pictures[index] = Picture(picture.path, image, mask)
+        pixels.add(enlarge(evaluation.maps[index], 300, 600), mask)
+    paths = [row.path for row in evaluation.rows]
+    figures = by_size(pixels, paths, SizeConfig(bins=bins), threshold=THRESHOLD)
+    return dataclasses.replace(evaluation, by_size=figures), pictures
+
+
+@pytest.mark.parametrize(("bins", "missing"), [("cumulative", 0), ("disjoint", 2)])
+def test_figures_by_size_have_table_plot_and_strip(tmp_path: Path, bins: str, missing: int) -> None:
+    evaluation, pictures = sized(bins)
+    page = write_page(tmp_path, evaluation, pictures)
+    assert f"6 components, {bins} bins, exact integral" in page.text
+    assert "AU-PRO@30 AU-PRO@10 AU-PRO@5 AU-PRO@1" in page.text
+    assert "after the published description" in page.text
+    # Areas are 9 and 7,200, three times each: q1 is 9 and q3 7,200.
+    assert "Q1 up to 9 3 " in page.text
+    assert page.text.count(" 0 n/a n/a n/a n/a") == missing  # Q2 and Q4 have no component of their own
+    assert len(page.with_tag("svg")) == len(write_page(tmp_path, make_evaluation()).with_tag("svg")) + 1
+
+    parts = page.text.split("The tiniest defects missed")[1].split("The tiniest defects found")
+    assert parts[0].count("9 px, highest 0.050") == 3 and "No map value inside reaches" in parts[0]
+    assert parts[0].count("7200 px") == 1  # of the defect whose score is below the threshold
+    assert parts[1].count("7200 px") == 2
+    assert " ".join(HOSTILE.split()) in parts[0] and "<script>alert" not in page.html
+
+    shown = {str(a["alt"]): a for a in page.with_tag("img")}
+    crop = decoded(str(shown["defect of 9 px in test/dent/001.png"]["src"]))
+    # The speck's middle is at row 21 and column 31: 32 px around it, less what is off the image.
+    assert crop.shape == (53, 63, 3)
+    assert crop[20:23, 30:33].min() > 200 and crop[40:, 50:].max() < 120
+    large = decoded(str(shown["heat map of a defect of 7200 px in test/x/000.png"]["src"]))
+    assert large.shape == (THUMBNAIL_PX, THUMBNAIL_PX, 3)
+
+
+def test_without_figures_by_size_there_is_no_such_section(page: Page) -> None:
+    assert "By size of defect" not in page.text and "tiniest" not in page.text
 
 
 def test_figures_that_do_not_exist_are_said_and_not_drawn(tmp_path: Path) -> None:

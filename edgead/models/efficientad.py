@@ -7,12 +7,27 @@ padding in the PDNs, maps of 56x56, quantiles taken on those maps.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgead.models.base import AnomalyModel
+from edgead.models.folding import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    bias_of,
+    copy_of,
+    fill,
+    grouped,
+    input_scale,
+    normalise,
+    parameters_of,
+    rotated,
+    set_precision,
+    side_by_side,
+)
 from edgead.models.pdn import FEATURES, PDN, Size
 
 IMAGE_PX = 256
@@ -26,15 +41,6 @@ BORDER_CELLS = 4
 REFLECTED_PX = (16, 13, 16, 13)
 """Left, right, top, bottom: with these, cell i is the patch of pixels 4 i - 16 .. 4 i + 16, for all 64
 cells. Those 4 .. 59 are the published ones."""
-
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """ImageNet normalisation: uint8 or float RGB 0..255 [..., 3, H, W] -> float of the same shape."""
-    device = images.device
-    return (images.float() / 255 - IMAGENET_MEAN.to(device)) / IMAGENET_STD.to(device)
 
 
 def extended(x: Tensor, border: Border) -> Tensor:
@@ -88,11 +94,8 @@ class Autoencoder(nn.Module):
         return self.last(self.trunk(x))
 
 
-class EfficientAD(nn.Module):
+class EfficientAD(AnomalyModel):
     """Teacher, student and autoencoder of one detector, with the teacher's channel statistics.
-
-    `forward` is the plain, unfused definition: what training validates, what the exporter starts from,
-    and what the parity gate compares exported graphs with.
 
     Args:
         border: "published": raw maps of 56x56 cells, and the outer 16 px of the image are not inspected.
@@ -106,6 +109,13 @@ class EfficientAD(nn.Module):
         rotation: None, or float32 [384, targets], filled when training starts.
     """
 
+    input_px = (IMAGE_PX, IMAGE_PX)
+    map_cells = (MAP_CELLS, MAP_CELLS)
+    raw_names = ("student", "autoencoder")
+    meaning = (
+        "mean_c((T - S)^2) and mean_c((A - S')^2) of EfficientAD (arXiv 2303.14535), or of fewer"
+        " directions (model.targets, model.reduction)"
+    )
     rotation: Tensor | None
 
     def __init__(self, teacher: PDN, *, border: Border = "published", targets: int = FEATURES) -> None:
@@ -129,6 +139,9 @@ class EfficientAD(nn.Module):
     @property
     def size(self) -> Size:
         return self.teacher.size
+
+    def architecture(self) -> dict[str, Any]:
+        return {"size": self.size, "border": self.border, "targets": self.targets}
 
     def train(self, mode: bool = True) -> EfficientAD:
         super().train(mode)
@@ -188,6 +201,104 @@ class EfficientAD(nn.Module):
         """
         local, logical = self.differences(images)
         return local.square().mean(1), logical.square().mean(1)
+
+    def merged(
+        self, dtype: torch.dtype, *, rotations: tuple[Tensor, Tensor] | None = None
+    ) -> MergedEfficientAD:
+        return MergedEfficientAD(self, dtype, rotations)
+
+    def anomaly_map(self, raw: tuple[Tensor, ...], calibration: Tensor) -> Tensor:
+        return anomaly_map(raw[0], raw[1], calibration)
+
+
+class MergedEfficientAD(nn.Module):
+    """The three networks as they ship: float RGB 0..255 [N, 3, 256, 256] -> both raw maps.
+
+    Input normalisation is folded into the first convolutions, the teacher's channel statistics into its
+    last one, and teacher-minus-student into one convolution over both networks' features, so that the
+    difference forms in the accumulator instead of between two rounded tensors. Teacher and student run
+    as the two groups of shared convolutions.
+
+    Args:
+        model: The trained networks, FP32. They are copied, not changed.
+        dtype: Of weights and convolutions. From the squared difference on everything is float32, because
+            squares overflow float16 at 256.
+        rotations: What turns teacher-minus-student and autoencoder-minus-student differences into fewer
+            ones, float64 [model.targets, K] each (see `edgead.export.reduce`); None for all of them.
+    """
+
+    mean255: Tensor
+
+    def __init__(
+        self, model: EfficientAD, dtype: torch.dtype, rotations: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        teacher, student, autoencoder = model.teacher, model.student, model.autoencoder
+        self.size, self.dtype, self.border = model.size, dtype, model.border
+
+        # The PDNs have no padding, so (x / 255 - mean) / std folds into their first convolution as a
+        # whole.
+        self.conv1 = nn.Conv2d(3, 2 * teacher.conv1.out_channels, 4)
+        weight, bias = side_by_side(teacher.conv1, student.conv1)
+        shift = (IMAGENET_MEAN.double() / IMAGENET_STD.double()).view(1, 3, 1, 1)
+        fill(self.conv1, weight * input_scale(), bias - (weight * shift).sum(dim=(1, 2, 3)))
+        self.conv2 = grouped(teacher.conv2, student.conv2)
+        self.conv3 = grouped(teacher.conv3, student.conv3)
+        if self.size == "m":
+            self.conv4 = grouped(teacher.conv4, student.conv4)
+            self.teacher5, self.student5 = copy_of(teacher.conv5), copy_of(student.conv5)
+
+        # (T(t) - mu) / sigma - S(s) is one convolution over the concatenated [t, s]. The rotations act
+        # on its outputs and those of the other branch, so they fold into the same weights.
+        sigma, mu = model.std.double(), model.mean.double().flatten()
+        t, s, k = teacher.last, student.last, model.targets
+        target = t.weight.double() / sigma.unsqueeze(1), (bias_of(t) - mu) / sigma.flatten()
+        if model.rotation is not None:
+            target = rotated(*target, model.rotation.double())
+        difference = torch.cat([target[0], -s.weight.double()[:k]], 1), target[1] - bias_of(s)[:k]
+        logical, decoded = (s.weight.double()[k:], bias_of(s)[k:]), parameters_of(autoencoder.last)
+        if rotations is not None:
+            difference = rotated(*difference, rotations[0])
+            logical, decoded = (rotated(*pair, rotations[1]) for pair in (logical, decoded))
+        self.local = nn.Conv2d(t.in_channels + s.in_channels, len(difference[1]), t.kernel_size)
+        fill(self.local, *difference)
+        self.logical = nn.Conv2d(s.in_channels, len(logical[1]), s.kernel_size)
+        fill(self.logical, *logical)
+
+        # The autoencoder pads with zeros *after* normalisation: the mean is subtracted first, and
+        # 1 / (255 std) folds into the weights.
+        self.autoencoder = type(autoencoder)(autoencoder.cells, model.targets)
+        self.autoencoder.load_state_dict(autoencoder.state_dict())
+        self.autoencoder.dropout = nn.Identity()
+        last = autoencoder.last
+        self.autoencoder.last = nn.Conv2d(last.in_channels, len(decoded[1]), 3, 1, 1)
+        fill(self.autoencoder.last, *decoded)
+        first = autoencoder.encoder[0]
+        fill(self.autoencoder.encoder[0], first.weight.double() * input_scale(), bias_of(first))
+        self.register_buffer("mean255", 255 * IMAGENET_MEAN)
+        set_precision(self, dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        local, logical = self.differences(x)
+        return local.square().mean(1), logical.square().mean(1)
+
+    def differences(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher minus student and autoencoder minus student, float32 [N, K, cells, cells].
+
+        Args:
+            x: RGB 0..255, float [N, 3, 256, 256].
+        """
+        both = F.avg_pool2d(torch.relu(self.conv1(extended(x.to(self.dtype), self.border))), 2, 2)
+        both = F.avg_pool2d(torch.relu(self.conv2(both)), 2, 2)
+        both = torch.relu(self.conv3(both))
+        if self.size == "m":
+            t, s = torch.relu(self.conv4(both)).chunk(2, 1)
+            student = torch.relu(self.student5(s))
+            both = torch.cat([torch.relu(self.teacher5(t)), student], 1)
+        else:
+            student = both[:, both.shape[1] // 2 :]
+        decoded = self.autoencoder((x - self.mean255).to(self.dtype))
+        return self.local(both).float(), decoded.float() - self.logical(student).float()
 
 
 def anomaly_map(local: Tensor, logical: Tensor, calibration: Tensor) -> Tensor:

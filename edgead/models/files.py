@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ class WeightsInfo:
     sha256: str
     layout: str
     metadata: dict[str, str]
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in run.json and in a bundle."""
+        return {
+            "file": self.name,
+            "sha256": self.sha256,
+            "layout": self.layout,
+            "metadata": self.metadata,
+        }
 
 
 def read_state_dict(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -124,6 +133,12 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
             f"{path} does not fit {type(module).__name__}: {'; '.join(problems[:8])}{more}"
         )
     module.load_state_dict(dict(state))
+
+
+def shipped_teacher(size: Size) -> Path:
+    """The PDN teacher of this size that comes with the package."""
+    name = {"s": "pdn_small", "m": "pdn_medium"}[size]
+    return Path(__file__).parents[1] / "weights" / f"{name}.safetensors"
 
 
 def load_teacher(path: Path | str, *, padding: bool = False) -> tuple[PDN, WeightsInfo]:

@@ -52,6 +52,8 @@ class MobileNetV2(nn.Module):
     The keys of its state_dict are `stem`, `blocks.N.{expand,depthwise,project}`, `head`, `classifier`.
     """
 
+    name = "mobilenet_v2"
+
     def __init__(self) -> None:
         super().__init__()
         self.stem = _SameConv(3, 32, 3, 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Blocks of the four stages, whether bottlenecks, channels inside a block of stage 1
-_NAMES: dict[tuple[tuple[int, ...], bool, int], str] = {
+NAMES: dict[tuple[tuple[int, ...], bool, int], str] = {
     ((2, 2, 2, 2), False, 64): "resnet18",
     ((3, 4, 6, 3), True, 64): "resnet50",
     ((3, 4, 6, 3), True, 128): "wide_resnet50_2",
@@ -84,7 +84,7 @@ class ResNet(nn.Module):
             self.add_module(name, nn.Sequential(*layer))
         if classes:
             self.fc = nn.Linear(channels, classes)
-        self.name = _NAMES.get((blocks, bottleneck, width)) or f"resnet {blocks} of width {width}"
+        self.name = NAMES.get((blocks, bottleneck, width)) or f"resnet {blocks} of width {width}"
 
     @classmethod
     def of_state_dict(cls, state: Mapping[str, Tensor]) -> ResNet | None:

@@ -1,8 +1,9 @@
 """Calibration on good images: the scale of the anomaly map and the threshold of the verdict.
 
-The map scale is EfficientAD's (arXiv 2303.14535, section 3.4): the 0.9 quantile of the raw values of
-good images becomes 0 and the 0.995 quantile becomes 0.1, for the two raw maps apart; their mean is the
-map. The threshold is chosen for a stated false-reject rate. Test images are never involved. numpy only.
+The map scale is EfficientAD's (arXiv 2303.14535, section 3.4), for all methods: the 0.9 quantile of the
+raw values of good images becomes 0 and the 0.995 quantile becomes 0.1, for each raw map apart; the map
+is their mean. The threshold is chosen for a stated false-reject rate. Test images are never involved.
+numpy only.
 """
 
 from __future__ import annotations
@@ -49,17 +50,18 @@ class MapScale:
 
         Maps of identical good images must not make every deviation infinite.
         """
-        return max(self.high - self.low, 1e-3 * abs(self.high), 1e-6)
+        return max(self.high - self.low, 1e-3 * abs(self.high), 1e-12)
 
 
-def graph_constants(local: MapScale, logical: MapScale) -> np.ndarray:
-    """The graph's input `calibration`, float32 [3].
+def graph_constants(*scales: MapScale) -> np.ndarray:
+    """The graph's input `calibration`, float32 [n + 1] for n raw maps.
 
-    map = c[0] * local + c[1] * logical + c[2], which is the mean of 0.1 (M - low) / (high - low) over
-    both maps.
+    map = c[0] * raw[0] + ... + c[n - 1] * raw[n - 1] + c[n], which is the mean of
+    0.1 (M - low) / (high - low) over the raw maps M.
     """
-    a, b = 0.05 / local.span, 0.05 / logical.span
-    return np.array([a, b, -a * local.low - b * logical.low], dtype=np.float32)
+    factors = [0.1 / len(scales) / scale.span for scale in scales]
+    offset = -sum(a * scale.low for a, scale in zip(factors, scales, strict=True))
+    return np.array([*factors, offset], dtype=np.float32)
 
 
 @dataclass(frozen=True)

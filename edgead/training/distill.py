@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgead.errors import DataError, TrainingError
-from edgead.models.efficientad import IMAGENET_MEAN, IMAGENET_STD
 from edgead.models.files import save_safetensors
+from edgead.models.folding import IMAGENET_MEAN, IMAGENET_STD
 from edgead.models.pdn import FEATURES, PDN, Size
 from edgead.training.checkpoint import load_checkpoint, save_checkpoint
 from edgead.training.crops import Crops, crop_threads
@@ -34,13 +34,17 @@ from edgead.training.device import autocast, compute_dtype, keep_memory, pick_de
 from edgead.training.directions import SecondMoment, directions_of
 from edgead.training.group import Group, own_device, process_group
 from edgead.training.imageset import ImageSet, hold_out, open_images
+from edgead.training.muon import Muon
 from edgead.training.targets import Source, Targets
 
 log = logging.getLogger(__name__)
 
 Loss = Literal["mse", "smooth-l1"]
+Optimizer = Literal["muon", "adamw"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 LOSSES: tuple[str, ...] = get_args(Loss)
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+_RATES = {"muon": 0.02, "adamw": 1e-3}
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 _CURVE_POINTS = 20
@@ -51,13 +55,15 @@ _UNUSED_STEPS = 1 << 40  # the first of the steps whose crops are not for traini
 class DistillConfig:
     """Settings of a distillation.
 
-    Steps of batch 8 at 1e-3 suit some thousand steps; the published run is 60,000 of 16 at 1e-4.
+    The published run is 60,000 steps of 16 with Adam at a constant 1e-4.
 
     Attributes:
         steps: Training steps.
         minutes: Stop after this time if the steps are not done by then; the learning rate follows
             whichever is nearer to its end.
         batch: Images per step, of all processes together.
+        optimizer: "muon" learns several times as much per image; "adamw" is nearer to the published run.
+        learning_rate: At its highest; None is 0.02 for Muon and 0.001 for AdamW.
         held_out: Share of the images that only measure the loss; see `imageset.hold_out`.
         side_px: The PDN's input; the backbone sees twice as many pixels of the same crop.
         crop: Smallest and largest mean side of a crop, in short sides of the image.
@@ -72,7 +78,8 @@ class DistillConfig:
     steps: int = 3000
     minutes: float | None = None
     batch: int = 8
-    learning_rate: float = 1e-3
+    optimizer: Optimizer = "muon"
+    learning_rate: float | None = None
     weight_decay: float = 1e-5
     held_out: float = 0.05
     side_px: int = 256
@@ -82,6 +89,11 @@ class DistillConfig:
     precision: Precision = "auto"
     seed: int = 0
     checkpoint_s: float = 120.0
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at its highest."""
+        return _RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
@@ -187,11 +199,15 @@ class _Session:
             teacher = PDN(config.size, padding=True)
         self.teacher = teacher.to(device, memory_format=torch.channels_last)
         self.network = group.wrap(self.teacher)
-        self.optimizer = torch.optim.AdamW(
-            self.teacher.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = self._optimizer(config)
         # FP16 ends at 65504 and at 6e-8: gradients are scaled into its range
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def _optimizer(self, config: DistillConfig) -> torch.optim.Optimizer:
+        parameters, decay = self.teacher.parameters(), config.weight_decay
+        if config.optimizer == "muon":
+            return Muon(parameters, config.rate, weight_decay=decay)
+        return torch.optim.AdamW(parameters, config.rate, weight_decay=decay, fused=True)
 
     def crops(self, images: ImageSet, seed: int) -> Crops:
         config = self.config
@@ -232,7 +248,7 @@ class _Session:
         """One training step at this fraction of the run; its mean squared error, a scalar."""
         warmup = min(1.0, (step + 1) / 100)
         cosine = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * warmup * cosine
+        self.optimizer.param_groups[0]["lr"] = self.config.rate * warmup * cosine
         big, small = self.inputs(images)
         target = self.targets(big)
         with autocast(self.device, self.dtype):

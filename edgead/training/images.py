@@ -24,13 +24,13 @@ from edgead.models.efficientad import IMAGE_PX
 log = logging.getLogger(__name__)
 
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-IMAGE_BYTES = IMAGE_PX * IMAGE_PX * 3
+NETWORK_PX = (IMAGE_PX, IMAGE_PX)
 MOST_DECODERS = 8  # each holds a camera frame, which may have a hundred megapixels
 MOST_STORED = 10_000  # penalty images that are decoded only once; 2 GB on disk
 
 
-def iterate_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
-    """Images at network size, uint8 [256, 256, 3], in the order of their paths.
+def iterate_images(paths: Iterable[Path], size_px: tuple[int, int] = NETWORK_PX) -> Iterator[np.ndarray]:
+    """Images at network size, uint8 [*size_px, 3], in the order of their paths.
 
     Decoded by several threads, only so far ahead that they do not wait.
 
@@ -41,7 +41,7 @@ def iterate_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
     waiting: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for path in paths:
-            waiting.append(pool.submit(_load, path))
+            waiting.append(pool.submit(_load, path, size_px))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -53,18 +53,18 @@ def read_images(paths: Sequence[Path]) -> np.ndarray:
     return np.stack(list(iterate_images(paths)))
 
 
-def _load(path: Path) -> np.ndarray:
-    return resize(read_image(path), IMAGE_PX, IMAGE_PX)
+def _load(path: Path, size_px: tuple[int, int]) -> np.ndarray:
+    return resize(read_image(path), *size_px)
 
 
 class ImagePool:
     """Images at network size in a file; see `store_images`.
 
-    Items are uint8 [256, 256, 3]. Any number of threads may read.
+    Items are uint8 [*size_px, 3]. Any number of threads may read.
     """
 
-    def __init__(self, file: Path, count: int) -> None:
-        self.file, self.count = file, count
+    def __init__(self, file: Path, count: int, size_px: tuple[int, int] = NETWORK_PX) -> None:
+        self.file, self.count, self.size_px = file, count, size_px
 
     def __len__(self) -> int:
         return self.count
@@ -72,16 +72,16 @@ class ImagePool:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < self.count:
             raise IndexError(f"image {index} of {self.count}")
-        return _read(self.file, index)
+        return _read(self.file, index, self.size_px)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(self.count))
 
 
-Images = np.ndarray | ImagePool  # uint8 [N, 256, 256, 3], or the same in a file
+Images = np.ndarray | ImagePool  # uint8 [N, h, w, 3], or the same in a file
 
 
-def store_images(paths: Sequence[Path], file: Path) -> ImagePool:
+def store_images(paths: Sequence[Path], file: Path, size_px: tuple[int, int] = NETWORK_PX) -> ImagePool:
     """Write images at network size into a file, unless it is there already.
 
     Args:
@@ -91,24 +91,28 @@ def store_images(paths: Sequence[Path], file: Path) -> ImagePool:
     Raises:
         DataError: an image cannot be read. TrainingError: the file cannot be written.
     """
-    n_bytes = len(paths) * IMAGE_BYTES
+    n_bytes = len(paths) * _bytes(size_px)
     if not (file.is_file() and file.stat().st_size == n_bytes):
         try:
             with whole_file(file) as temporary, temporary.open("wb") as out:
-                for image in iterate_images(paths):
+                for image in iterate_images(paths, size_px):
                     out.write(image.tobytes())
         except OSError as error:
             raise TrainingError(
                 f"{file}: cannot write the {len(paths)} training images at network size"
                 f" ({n_bytes / 1e6:.0f} MB): {error.strerror}; free some space or use another --out"
             ) from error
-    return ImagePool(file, len(paths))
+    return ImagePool(file, len(paths), size_px)
 
 
-def _read(file: Path, index: int) -> np.ndarray:
+def _bytes(size_px: tuple[int, int]) -> int:
+    return size_px[0] * size_px[1] * 3
+
+
+def _read(file: Path, index: int, size_px: tuple[int, int] = NETWORK_PX) -> np.ndarray:
     # Opened each time: 20 us, and there is nothing to close and no position for threads to share.
-    flat = np.fromfile(file, np.uint8, IMAGE_BYTES, offset=index * IMAGE_BYTES)
-    return flat.reshape(IMAGE_PX, IMAGE_PX, 3)
+    flat = np.fromfile(file, np.uint8, _bytes(size_px), offset=index * _bytes(size_px))
+    return flat.reshape(*size_px, 3)
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -175,7 +179,7 @@ class PenaltyImages:
     def _keep(self, store: Path, index: int, image: np.ndarray) -> None:
         try:
             with store.open("r+b") as file:  # seeking beyond the end leaves a hole, which takes no space
-                file.seek(index * IMAGE_BYTES)
+                file.seek(index * _bytes(NETWORK_PX))
                 file.write(image.tobytes())
         except OSError as error:
             log.warning("%s: decoded penalty images are no longer kept: %s", store, error.strerror)

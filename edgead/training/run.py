@@ -1,8 +1,8 @@
 """The folder of one training run: what `edgead train` writes and `edgead export` reads.
 
-RUN/run.json                 settings, data set, teacher, penalty images, calibration, threshold, timings
-RUN/detector.safetensors     teacher, student, autoencoder, teacher channel statistics; FP32
-RUN/losses.csv               step, seconds and the four losses
+RUN/run.json                 settings, data set, weight files, calibration, threshold, timings
+RUN/detector.safetensors     the method's networks and their statistics, frozen ones included; FP32
+RUN/losses.csv               step, seconds and the losses
 RUN/checkpoint.pt            only while training: what --resume goes on from
 RUN/images-*.bin, penalty.bin    only while training: images at network size
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from edgead.errors import TrainingError
-from edgead.models.efficientad import EfficientAD
+from edgead.methods import trainer_of
+from edgead.models.base import AnomalyModel
 from edgead.models.files import load_strict, read_state_dict
-from edgead.models.pdn import PDN
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "detector.safetensors"
@@ -39,7 +39,7 @@ class Run:
 
     folder: Path
     record: dict[str, Any]
-    model: EfficientAD
+    model: AnomalyModel
 
 
 def images_file(key: str) -> str:
@@ -66,11 +66,9 @@ def read_run(folder: Path | str) -> Run:
         )
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        config = record["config"]
-        size, border, targets = config["size"], config["border"], config["targets"]
+        model: AnomalyModel = trainer_of(record["method"]).build(**record["architecture"])
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{folder / RUN_FILE} is damaged ({error}); train again") from error
-    model = EfficientAD(PDN(size), border=border, targets=targets)
     state, _ = read_state_dict(folder / WEIGHTS_FILE)
     load_strict(model, state, folder / WEIGHTS_FILE)
     return Run(folder, record, model.eval().requires_grad_(False))

@@ -117,7 +117,10 @@ def test_a_list_value_is_an_axis_and_the_seed_varies_fastest(tmp_path: Path) -> 
         ("x = ", "cannot read"),
         ('[[data]]\nname = "a"', "needs a name and a path"),
         ('[[data]]\nname = "../a"\npath = "a"', "letters, digits"),
-        ('[[data]]\nname = "a"\npath = "a"\nstep = 3', "step is unknown; known are backend"),
+        (
+            '[[data]]\nname = "a"\npath = "a"\nstep = 3',
+            "--step: not an option of --method efficientad-s",
+        ),
         ('[[data]]\nname = "a"\npath = "a"\nsteps = 3\nminutes = 1', "choose one"),
         ('[[data]]\nname = "a"\npath = "a"\nsteps = 0', "at least one step"),
         ('[[data]]\nname = "a"\npath = "a"\nmethod = "patchcore"', "the methods are efficientad-s"),

@@ -213,9 +213,7 @@ def test_a_back_end_that_does_not_open_is_not_tried_again_and_again(
     assert "this one does not open" in out.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_a_kill_loses_no_section(
-    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_loses_no_section(tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(bench: Bench) -> dict[str, Any]:
         raise KeyboardInterrupt
 
@@ -289,9 +287,7 @@ def open_mixed(self: Bench, batches: tuple[int, ...] = (1,), *, graph: bool = Tr
     return contextlib.closing(Mixed(self.bundle))
 
 
-def test_parity_counts_flips(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parity_counts_flips(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import contextlib
 
     class Shifted(OrtBackend):
@@ -315,7 +311,7 @@ def test_the_naive_networks_give_the_verdicts_of_the_plain_definition() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from edgead.models.efficientad import anomaly_map
     from edgead.models.pdn import PDN
-    from edgead.training.fit import build_model
+    from edgead.training.efficientad import build_model
 
     model = build_model(PDN("s"), seed=0).eval()
     images = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), dtype=np.uint8)

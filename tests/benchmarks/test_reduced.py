@@ -7,7 +7,7 @@ import torch
 
 from edgead.benchmarks.reduced import gflop
 from edgead.models.pdn import PDN
-from edgead.training.fit import build_model
+from edgead.training.efficientad import build_model
 
 
 @pytest.mark.parametrize(("k", "expected"), [(384, 75.89), (64, 50.07)])

@@ -97,7 +97,7 @@ def efficientad(make_bundle: Callable[..., Path]) -> Callable[[str, str, bool], 
     from edgead.export.graph import MergedGraph
     from edgead.export.to_onnx import to_onnx
     from edgead.models.pdn import PDN
-    from edgead.training.fit import build_model
+    from edgead.training.efficientad import build_model
 
     @cache
     def get(size: str, precision: str, has_frame: bool) -> Path:

@@ -19,7 +19,7 @@ from edgead.image import read_image, resize
 from edgead.models.efficientad import BORDERS, EfficientAD, anomaly_map
 from edgead.models.pdn import PDN
 from edgead.training.data import open_dataset
-from edgead.training.fit import TrainConfig, build_model
+from edgead.training.efficientad import TrainConfig, build_model
 from edgead.training.run import read_run
 from edgead.training.train import train
 
@@ -48,7 +48,7 @@ def test_run_is_read_back_with_its_border_and_calibrated_on_all_cells(run: Path)
     with torch.inference_mode():
         local, logical = finished.model(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
     assert local.shape == logical.shape == (len(images), 64, 64)
-    for maps, name in ((local, "local"), (logical, "logical")):
+    for maps, name in ((local, "student"), (logical, "autoencoder")):
         low, high = np.quantile(maps.double().numpy(), [0.9, 0.995])
         quantiles = finished.record["calibration"]["quantiles"][name]
         assert quantiles == pytest.approx({"low": low, "high": high}, rel=1e-4)

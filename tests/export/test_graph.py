@@ -14,7 +14,7 @@ from edgead.export.to_onnx import OPSET, check, describe, to_onnx
 from edgead.image import resize
 from edgead.models.efficientad import EfficientAD, anomaly_map, anomaly_score
 from edgead.models.pdn import PDN
-from edgead.training.fit import build_model
+from edgead.training.efficientad import build_model
 
 CALIBRATION = torch.tensor([0.7, 1.3, -0.05])
 

@@ -76,7 +76,7 @@ def test_refusals_leave_no_file(trained_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.edgead"
     with pytest.raises(ExportError, match="'int8' is unknown; choose one of fp32, fp16"):
         export_run(trained_run, out, precision="int8")
-    with pytest.raises(ExportError, match="frame 100x640: both sides"):
+    with pytest.raises(ExportError, match="frame 100x640: it has to lie between 256x256"):
         export_run(trained_run, out, frame=(100, 640))
     with pytest.raises(TrainingError, match="is no training run"):
         export_run(tmp_path, out)

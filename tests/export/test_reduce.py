@@ -20,7 +20,7 @@ from edgead.export.parity import Flip
 from edgead.export.reduce import Gate, Reduced, folding, sizes_for
 from edgead.models.efficientad import EfficientAD, anomaly_map
 from edgead.models.pdn import PDN
-from edgead.training.fit import build_model
+from edgead.training.efficientad import build_model
 
 CALIBRATION = torch.tensor([0.7, 1.3, -0.05])
 
@@ -83,7 +83,7 @@ def test_energy_is_kept_in_the_mean_where_cutting_loses_it() -> None:
 def test_all_directions_give_the_maps_of_the_run(size: str, image: torch.Tensor) -> None:
     model = random_model(size)
     rotations = folding(orthonormal(384, 2), 384), folding(orthonormal(384, 3), 384)
-    _, maps = MergedGraph(model, rotations=rotations)(image, CALIBRATION)
+    _, maps = MergedGraph(Reduced(model, rotations))(image, CALIBRATION)
     expected = maps_of(model, image)
     spread = float(expected.max() - expected.min())
     assert spread > 0.5  # a constant map would prove nothing
@@ -95,12 +95,13 @@ def test_all_directions_give_the_maps_of_the_run(size: str, image: torch.Tensor)
 def test_folded_graph_equals_the_plain_form(targets: int, k: int | None, image: torch.Tensor) -> None:
     model = random_model("s", targets)
     if k is None:
-        rotations, plain = None, model
+        plain = model
     else:
         rotations = folding(orthonormal(targets, 2), k), folding(orthonormal(targets, 3), k)
         plain = Reduced(model, rotations)
-    graph = MergedGraph(model, rotations=rotations)
-    assert graph.local.out_channels == graph.autoencoder.last.out_channels == (k or targets)
+    graph = MergedGraph(plain)
+    convolutions = graph.networks.local, graph.networks.autoencoder.last
+    assert [convolution.out_channels for convolution in convolutions] == 2 * [k or targets]
     _, maps = graph(image, CALIBRATION)
     expected = maps_of(plain, image)
     spread = float(expected.max() - expected.min())

@@ -22,7 +22,7 @@ from edgead.models.efficientad import (
     normalise,
 )
 from edgead.models.pdn import PDN
-from edgead.training.fit import build_model
+from edgead.training.efficientad import build_model
 
 DEFECT_PX = 8
 STUDENT_ONLY = torch.tensor([1.0, 0.0, 0.0])

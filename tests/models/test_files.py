@@ -157,11 +157,11 @@ def test_a_teacher_is_no_backbone(tmp_path: Path, random_teacher: Path) -> None:
 
 
 def test_shipped_teacher_loads_and_says_where_it_comes_from() -> None:
-    from edgead.training.train import SHIPPED_TEACHER
+    from edgead.models.files import shipped_teacher
 
-    teacher, info = load_teacher(SHIPPED_TEACHER)
+    teacher, info = load_teacher(shipped_teacher("s"))
     assert teacher.size == "s"
-    assert SHIPPED_TEACHER.stat().st_size < 6_000_000
+    assert shipped_teacher("s").stat().st_size < 6_000_000
     assert int(info.metadata["steps"]) >= 1000 and float(info.metadata["held_out_loss"]) < 0.7
-    card = SHIPPED_TEACHER.with_suffix(".md").read_text(encoding="utf-8")
+    card = shipped_teacher("s").with_suffix(".md").read_text(encoding="utf-8")
     assert info.metadata["backbone_sha256"] in card and info.sha256 in card

@@ -575,7 +575,7 @@ def random_graph(size: str, *, half: bool, frame: tuple[int, int] | None = None)
     from edgead.export.graph import MergedGraph
     from edgead.export.to_onnx import to_onnx
     from edgead.models.pdn import PDN
-    from edgead.training.fit import build_model
+    from edgead.training.efficientad import build_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)

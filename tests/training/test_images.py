@@ -14,9 +14,8 @@ from edgead.errors import DataError, TrainingError
 from edgead.image import list_images, read_image, resize, write_image
 from edgead.training import images as module
 from edgead.training.data import open_dataset
-from edgead.training.fit import TrainConfig
+from edgead.training.efficientad import TrainConfig
 from edgead.training.images import (
-    IMAGE_BYTES,
     PenaltyImages,
     iterate_images,
     read_images,
@@ -70,7 +69,7 @@ def test_pool_is_written_once_and_only_when_complete(
     assert int(store_images(paths, file)[2].max()) == 2
     monkeypatch.undo()
     file.write_bytes(file.read_bytes()[:-1])  # of another length: not that file
-    assert int(store_images(paths, file)[3].max()) == 3 and file.stat().st_size == 4 * IMAGE_BYTES
+    assert int(store_images(paths, file)[3].max()) == 3 and file.stat().st_size == 4 * 256 * 256 * 3
 
 
 def test_a_pool_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
@@ -79,12 +78,10 @@ def test_a_pool_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
         store_images(paths, tmp_path / "absent" / "images.bin")
 
 
-def test_images_come_in_order_and_not_far_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_come_in_order_and_not_far_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[int] = []
 
-    def load(path: Path) -> np.ndarray:
+    def load(path: Path, size_px: tuple[int, int]) -> np.ndarray:
         loaded.append(int(path.name))
         return np.full(1, int(path.name))
 
@@ -103,7 +100,7 @@ def test_stored_penalty_images_are_those_that_are_decoded(
     stored = PenaltyImages(natural_images, seed=1, store=tmp_path / "penalty.bin")
     for step in range(30):
         np.testing.assert_array_equal(stored(step), plain(step))
-    assert (tmp_path / "penalty.bin").stat().st_size == 4 * IMAGE_BYTES
+    assert (tmp_path / "penalty.bin").stat().st_size == 4 * 256 * 256 * 3
     reads = []
     monkeypatch.setattr(module, "read_image", lambda path: reads.append(path) or read_image(path))
     for step in range(30):
@@ -152,7 +149,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from edgead.image import list_images
-from edgead.training.fit import _batches
+from edgead.training.efficientad import _batches
 from edgead.training.images import PenaltyImages, store_images
 
 def rss_mib():

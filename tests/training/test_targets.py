@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 
 from edgead.cli import main
 from edgead.errors import TrainingError
-from edgead.models.efficientad import normalise
 from edgead.models.files import load_teacher
+from edgead.models.folding import normalise
 from edgead.models.pdn import PDN
 from edgead.training.data import open_dataset
 from edgead.training.directions import principal_directions, target_rotation, with_stored
-from edgead.training.fit import TeacherTargets, TrainConfig, build_model, natural_moment, step_losses
+from edgead.training.efficientad import TrainConfig, build_model, step_losses
 from edgead.training.images import PenaltyImages, read_images
 from edgead.training.run import read_run
+from edgead.training.teacher_targets import TeacherTargets, natural_moment
 from edgead.training.train import train
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def images(demo_images: Path) -> np.ndarray:
 def test_targets_and_losses_keep_the_published_scale(
     images: np.ndarray, random_teacher: Path, natural_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgead.training.fit.NATURAL_IMAGES", 2)
+    monkeypatch.setattr("edgead.training.efficientad.NATURAL_IMAGES", 2)
     model = build_model(load_teacher(random_teacher)[0], seed=0, targets=16)
     penalty = PenaltyImages(natural_images, seed=0)
     targets = TeacherTargets(model, images[:3], CPU, 1, lambda: natural_moment(model, penalty, CPU))
@@ -126,7 +127,7 @@ def test_a_run_resumes_and_exports(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("edgead.training.fit.NATURAL_IMAGES", 2)
+    monkeypatch.setattr("edgead.training.efficientad.NATURAL_IMAGES", 2)
     inputs = demo_images, natural_images, random_teacher
     _train(tmp_path / "a", *inputs)
 

@@ -17,9 +17,9 @@ from edgead.image import read_image, resize
 from edgead.models.files import save_safetensors
 from edgead.models.pdn import PDN
 from edgead.training.data import open_dataset
-from edgead.training.fit import TrainConfig, raw_maps
+from edgead.training.efficientad import TrainConfig, penalty_folder
 from edgead.training.run import read_run
-from edgead.training.train import penalty_folder, train
+from edgead.training.train import raw_maps, train
 
 
 def test_run_folder_holds_what_it_says(trained_run: Path, demo_images: Path) -> None:
@@ -46,7 +46,7 @@ def test_threshold_and_scale_come_from_the_validation_images(trained_run: Path) 
 
     local, logical = raw_maps(run.model, images, torch.device("cpu"))
     joined = np.zeros_like(local)
-    for maps, name in ((local, "local"), (logical, "logical")):
+    for maps, name in ((local, "student"), (logical, "autoencoder")):
         low, high = np.quantile(maps.astype(np.float64), [0.9, 0.995])
         quantiles = run.record["calibration"]["quantiles"][name]
         assert quantiles == pytest.approx({"low": low, "high": high}, rel=1e-4)
@@ -62,7 +62,7 @@ def test_without_penalty_images_others_are_rendered_and_said_loudly(
     natural_images: Path,
 ) -> None:
     monkeypatch.delenv("EDGEAD_PENALTY_IMAGES", raising=False)
-    monkeypatch.setattr("edgead.training.train.DISTRACTORS", 3)
+    monkeypatch.setattr("edgead.training.efficientad.DISTRACTORS", 3)
     tmp_path.joinpath("run").mkdir()
     with caplog.at_level(logging.WARNING):
         folder, source = penalty_folder(None, tmp_path / "run", seed=0)

@@ -17,9 +17,9 @@ from edgead.image import list_images, write_image
 from edgead.models.efficientad import EfficientAD
 from edgead.training import images as images_module
 from edgead.training.data import open_dataset
-from edgead.training.fit import TrainConfig, raw_maps
+from edgead.training.efficientad import TrainConfig
 from edgead.training.run import read_run
-from edgead.training.train import train
+from edgead.training.train import raw_maps, train
 
 CPU = torch.device("cpu")
 
@@ -148,8 +148,9 @@ def test_one_training_image(tmp_path: Path, natural_images: Path, random_teacher
     save(tmp_path / "data" / "good", image)
     record = run_of(tmp_path / "data", tmp_path / "run", natural_images, random_teacher)
     assert record["data"]["train"] == record["data"]["validation"] == ["good/000.png"]
-    assert "1 good validation images support a false-reject rate of at most 95.0%" in (
-        record["threshold"]["claim"]
+    assert (
+        "1 good validation images support a false-reject rate of at most 95.0%"
+        in (record["threshold"]["claim"])
     )
 
 

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from edgead.errors import DataError, TrainingError
-from edgead.models.efficientad import normalise
 from edgead.models.files import load_teacher
+from edgead.models.folding import normalise
 from edgead.training.data import open_dataset
-from edgead.training.fit import TeacherTargets, TrainConfig, build_model, step_losses
+from edgead.training.efficientad import TrainConfig, build_model, step_losses
 from edgead.training.images import PenaltyImages, jitter, read_images
+from edgead.training.teacher_targets import TeacherTargets
 from edgead.training.train import train
 
 CPU = torch.device("cpu")
@@ -167,7 +168,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from edgead.training.data import open_dataset
-from edgead.training.fit import TrainConfig
+from edgead.training.efficientad import TrainConfig
 from edgead.training.train import train
 data, natural, teacher, run = map(Path, sys.argv[1:5])
 config = TrainConfig(steps=4, checkpoint_s=0.0)
@@ -207,7 +208,12 @@ def test_kill_9_loses_no_more_than_the_steps_since_the_checkpoint(
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_short_runs_learn_ten_times_as_fast() -> None:
-    assert TrainConfig().learning_rate == TrainConfig(steps=20_000).rate == 1e-4
-    assert TrainConfig(steps=19_999).learning_rate == TrainConfig(minutes=5).rate == 1e-3
-    assert TrainConfig(steps=5, learning_rate=1e-4).rate == 1e-4
+def test_short_runs_take_muon_and_long_ones_the_published_schedule() -> None:
+    for config in (TrainConfig(), TrainConfig(steps=20_000)):
+        assert config.optimizer == "adam" and [config.rate_at(x) for x in (0, 0.949)] == [1e-4, 1e-4]
+        assert config.rate_at(0.95) == pytest.approx(1e-5)
+    for config in (TrainConfig(steps=19_999), TrainConfig(minutes=5)):
+        assert config.optimizer == "muon"
+        assert [config.rate_at(x) for x in (0, 0.5, 1)] == pytest.approx([0.02, 0.01, 0])
+    assert TrainConfig(steps=5, optimizer="adam").rate_at(0) == 1e-4
+    assert TrainConfig(steps=5, learning_rate=1e-3).rate_at(0) == 1e-3

@@ -1,0 +1,135 @@
+"""The loop of a training run, as every method needs it: where it stands, when it ends, what is kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from edgead.errors import TrainingError
+from edgead.files import write_text
+from edgead.training.checkpoint import load_checkpoint, save_checkpoint
+from edgead.training.device import autocast, keep_memory
+from edgead.training.images import Images
+from edgead.training.run import CHECKPOINT_FILE, LOSSES_FILE
+
+Progress = Callable[[float, int, Mapping[str, float]], None]
+"""Called after every step with the fraction done (0..1), the step and its losses."""
+
+
+class Schedule(Protocol):
+    """The settings of a run that its loop needs; every method's `Config` has them."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def minutes(self) -> float | None: ...
+    @property
+    def checkpoint_s(self) -> float: ...
+
+
+class Session:
+    """A run in progress.
+
+    Args:
+        run: Folder for the checkpoint and losses.csv.
+        schedule: Ends the run after `steps`, or after `minutes` where those are given.
+        images: uint8 [N, h, w, 3], the good training images at the networks' size.
+        settings: What a checkpoint must have been made with to be resumed.
+        resume: Go on from the checkpoint if there is one.
+
+    Attributes:
+        step: Steps done.
+        before: What `keep` was given in the session before; None in a new run.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        schedule: Schedule,
+        *,
+        images: Images,
+        device: torch.device,
+        settings: dict[str, object],
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        keep_memory()
+        self.run, self.schedule, self.images, self.device = run, schedule, images, device
+        self._settings, self._progress = settings, progress
+        self._checkpoint = run / CHECKPOINT_FILE
+        self._table = io.StringIO()
+        self.step, self._spent = 0, 0.0
+        self.before: dict[str, Any] | None = None
+        if resume and self._checkpoint.exists():
+            state = load_checkpoint(self._checkpoint, settings=settings)
+            self.before = state["method"]
+            self.step, self._spent = state["step"], state["seconds"]
+            self._table.write(state["losses"])
+        self.begin()
+
+    def begin(self) -> None:
+        """The clock starts here: what was prepared before does not count as training."""
+        self._start = self._saved = time.monotonic()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Convolutions in this device's quickest precision, parameters and losses in float32."""
+        return autocast(self.device)
+
+    def seconds(self) -> float:
+        """Time spent on training, over all sessions of a resumed run."""
+        return self._spent + time.monotonic() - self._start
+
+    def fraction_done(self) -> float:
+        """Of the run, by steps or by minutes; at 1 it is over."""
+        if self.schedule.minutes is not None:
+            return self.seconds() / (60 * self.schedule.minutes)
+        return self.step / self.schedule.steps
+
+    def record(self, losses: Mapping[str, float]) -> None:
+        """Count a step; the first one and every tenth go into the table.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        self.step += 1
+        values = list(losses.values())
+        if not np.isfinite(values).all():
+            raise TrainingError(
+                f"step {self.step}: the loss is not finite"
+                f" ({', '.join(f'{name} {value}' for name, value in losses.items())});"
+                " start again with a lower learning rate"
+            )
+        table = csv.writer(self._table, lineterminator="\n")
+        if not self._table.tell():
+            table.writerow(["step", "seconds", *losses])
+        if self.step % 10 == 0 or self.step == 1:
+            table.writerow([self.step, round(self.seconds(), 2), *(f"{v:.6g}" for v in values)])
+        if self._progress:
+            self._progress(min(1.0, self.fraction_done()), self.step, losses)
+
+    def keep(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Write a checkpoint when it is time for one, and at the end.
+
+        Args:
+            state: What the method needs to go on: tensors and plain values.
+        """
+        if self.fraction_done() < 1 and time.monotonic() - self._saved < self.schedule.checkpoint_s:
+            return
+        content = {
+            "method": state(),
+            "step": self.step,
+            "seconds": self.seconds(),
+            "losses": self._table.getvalue(),
+            "settings": self._settings,
+        }
+        save_checkpoint(self._checkpoint, content)
+        write_text(self.run / LOSSES_FILE, self._table.getvalue())
+        self._saved = time.monotonic()
