@@ -133,8 +133,8 @@ def _result(folder: Path, threads: int | None) -> dict[str, Any]:
     dataset = open_dataset(root / job.data, seed=job.config["seed"])
     run, bundle = folder / "run", folder / BUNDLE_FILE
     if not (run / RUN_FILE).exists():
-        named: dict[str, str | None] = {"teacher": job.teacher, "penalty": job.penalty, "backbone": job.backbone}
-        files: dict[str, Any] = {option: root / name for option, name in named.items() if name}
+        named = [("teacher", job.teacher), ("penalty", job.penalty), ("backbone", job.backbone)]
+        files: dict[str, Any] = {option: root / name for option, name in named if name}
         training.train(
             dataset,
             run,

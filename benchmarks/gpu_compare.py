@@ -79,7 +79,7 @@ def parity(bench: Bench) -> dict[str, Any]:
 
 
 def _flips(threshold: float, reference: np.ndarray, got: np.ndarray) -> dict[str, Any]:
-    from edgead.training.calibrate import binomial_upper_bound
+    from edgead.calibration import binomial_upper_bound
 
     flipped = np.flatnonzero((reference >= threshold) != (got >= threshold))
     return {

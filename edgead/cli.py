@@ -160,10 +160,27 @@ def _add_training_commands(command: _Command) -> None:
         " as published); fewer make steps and graph quicker",
     )
     sub.add_argument(
-        "--image-px", type=int, metavar="PX", help="side of the input of a vision transformer (fbft)"
+        "--image-px",
+        type=int,
+        metavar="PX",
+        help="side of the input of fbft: a multiple of 14 for a vision transformer (default: 518), of 16"
+        " for other networks (default: 256)",
     )
     sub.add_argument(
         "--max-prototypes", type=int, metavar="K", help="most prototypes of protoad (default: 1024)"
+    )
+    sub.add_argument(
+        "--tile",
+        type=int,
+        metavar="PX",
+        help="inspect tiles of PX x PX px of the images instead of images made small, for tiny defects;"
+        " at the side of the network's input, such as 256, they keep their resolution",
+    )
+    sub.add_argument(
+        "--overlap",
+        type=int,
+        metavar="PX",
+        help="of neighbouring tiles (default: a quarter of a tile); half a tile leaves least of seams",
     )
     sub.add_argument(
         "--false-reject", type=float, help="target share of good parts rejected (default: 0.01)"
@@ -255,6 +272,22 @@ def _add_bundle_commands(command: _Command) -> None:
 
     sub = command("verify", commands.verify, "Replay a bundle's golden samples on this device.")
     _add_bundle(sub)
+
+    sub = command(
+        "recalibrate",
+        commands.recalibrate,
+        "Set map scale and threshold of a bundle anew, from good images of the line.",
+    )
+    _add_bundle(sub)
+    group = sub.add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--good", type=Path, metavar="FOLDER", help="images of good parts, searched recursively"
+    )
+    group.add_argument("--undo", action="store_true", help="bring back what was before")
+    sub.add_argument("--out", type=Path, metavar="Y.edgead", help="write here, not to the same file")
+    sub.add_argument(
+        "--false-reject", type=float, help="target share of good parts rejected (default: as before)"
+    )
 
     sub = command("set-threshold", commands.set_threshold, "Change the threshold in a bundle.")
     _add_bundle(sub, backend=False)

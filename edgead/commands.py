@@ -119,6 +119,8 @@ def train_with_bar(
             progress=progress,
             device=getattr(arguments, "device", "auto"),
             resume=getattr(arguments, "resume", False),
+            tile=getattr(arguments, "tile", None),
+            overlap=getattr(arguments, "overlap", None),
             **{name: getattr(arguments, name, None) for name in ("teacher", "penalty", "backbone")},
         )
 
@@ -253,6 +255,30 @@ def verify(arguments: argparse.Namespace) -> int:
         else "FAILED: this device does not reproduce the reference"
     )
     return 0 if result.ok else 1
+
+
+def recalibrate(arguments: argparse.Namespace) -> None:
+    from edgead.recalibrate import recalibrate, undo
+
+    if arguments.undo:
+        back = undo(arguments.bundle)
+        print(f"{arguments.bundle}: threshold {back.before:.6g} -> {back.after:.6g}; {back.claim}")
+        return
+    with progress_bar("recalibrate", unit="pass") as bar:
+        done = recalibrate(
+            arguments.bundle,
+            _images([arguments.good]),
+            out=arguments.out,
+            backend=arguments.backend,
+            threads=arguments.threads,
+            progress=counter(bar),
+            **_given(arguments, "false_reject"),
+        )
+    print(
+        f"{arguments.out or arguments.bundle}: calibrated on {done.images} good images,"
+        f" {done.rejected} of which were rejected before; threshold {done.before:.6g} ->"
+        f" {done.after:.6g} (on the new map scale); {done.claim}"
+    )
 
 
 def set_threshold(arguments: argparse.Namespace) -> None:

@@ -62,10 +62,10 @@ class Evaluation:
         per_defect: defect name -> {images, image_auroc (against all good images), missed_defects,
             missed_defect_rate}.
         latency_ms: {p50, p90, p99, max, calls, scope}.
-        by_size: AU-PRO by size of the defects; None when it was not asked for or cannot be computed. With
-            it memory is bounded, and `pixel_auroc` comes from a histogram of 2**20 bins.
-        maps: the detector's anomaly map of each row, [h, w] float32; not part of the JSON. With `by_size`
-            a map of more than 2**20 pixels is reduced to the highest value of each of its blocks.
+        by_size: AU-PRO by size of the defects; None when it was not asked for or cannot be computed.
+            With it memory is bounded, and `pixel_auroc` comes from a histogram of 2**20 bins.
+        maps: the detector's anomaly map of each row, [h, w] float32; not part of the JSON. With
+            `by_size` a map of more than 2**20 pixels is reduced to the highest value of each block.
     """
 
     dataset: str

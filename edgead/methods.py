@@ -2,9 +2,9 @@
 
 A method is one module with a class `Trainer`:
 
-    Config      frozen dataclass of its settings: `method` (its name), `seed`, `false_reject`, `steps`,
-                `minutes` and `checkpoint_s`, and whatever the method has of its own; options of the
-                command line with the name of a setting are passed on
+    Config      frozen dataclass of its settings: `method` (its name), `seed`, `false_reject`; those of
+                `steps`, `minutes` and `checkpoint_s` that mean something to it; and its own. Options of
+                the command line with the name of a setting are passed on
     FILES       which options that name files it takes, of "teacher", "penalty" and "backbone"
     Trainer(config, files, run)     loads the files ({option: path}); may write to the folder `run`
       .model                        an `edgead.models.base.AnomalyModel`
@@ -37,6 +37,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "efficientad-s": Method("edgead.training.efficientad", {"size": "s"}),
     "efficientad-m": Method("edgead.training.efficientad", {"size": "m"}),
+    "stpm": Method("edgead.models.stpm"),
+    "fbft": Method("edgead.models.fbft"),
+    "protoad": Method("edgead.models.protoad"),
 }
 
 

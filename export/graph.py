@@ -47,7 +47,7 @@ class MergedGraph(nn.Module):
         Args:
             image: RGB frames, uint8 [N, H, W, 3]; of the networks' size, or of the size that `frame`
                 names.
-            calibration: float32 [k], see `edgead.training.calibrate.graph_constants`.
+            calibration: float32 [k], see `edgead.calibration.graph_constants`.
 
         Returns:
             score float32 [N] and anomaly_map float32 [N, *map_cells].

@@ -31,6 +31,7 @@ from edgead.manifest import (
 )
 from edgead.models.base import AnomalyModel
 from edgead.models.efficientad import EfficientAD
+from edgead.models.tiled import Tiled
 from edgead.training.data import open_dataset
 from edgead.training.run import Run, read_run
 
@@ -126,9 +127,10 @@ def _reduced(
     if reduce == "off":
         return run, None, {}
     if not isinstance(run.model, EfficientAD):
+        tiled = " with --tile" if isinstance(run.model, Tiled) else ""
         raise ExportError(
-            f"--reduce {reduce}: this is a run of {run.record['method']}; only EfficientAD has"
-            " directions to reduce. Leave the option out"
+            f"--reduce {reduce}: this is a run of {run.record['method']}{tiled}; only EfficientAD on"
+            " whole images has directions to reduce. Leave the option out"
         )
     channels = run.model.targets
     sizes = sizes_for(reduce, channels)

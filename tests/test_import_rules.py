@@ -33,6 +33,8 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "runtime.open_tensorrt": (*DEVICE, "flavour", "engines.prepare"),  # builds a missing engine
     "runtime.executor": (*DEVICE, "judge"),
     "runtime.worker": (*DEVICE, "judge"),
+    "calibration": ("errors",),
+    "recalibrate": (*DEVICE, "calibration", "judge"),
     "judge": ("errors", "image", "manifest", "result"),
     "detector": (*DEVICE, "judge"),
     "background": ("errors",),
@@ -49,7 +51,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "methods": ("errors",),  # and, by the names in its dictionary, what implements them
     "models": ("errors", "files", "image", "models", "training.session"),  # the latter for its type
     "models.protoad": ("errors", "files", "image", "models", "training.finch", "training.session"),
-    "training": ("errors", "files", "image", "methods", "metrics", "models", "training"),
+    "training": ("errors", "calibration", "files", "image", "methods", "metrics", "models", "training"),
     "training.data": ("errors", "image"),
     "training.demo_data": ("errors", "image", "training.demo_*"),
     "training.demo_*": ("errors", "image", "training.demo_*"),

@@ -32,6 +32,7 @@ def test_there_are_commands_for_the_whole_path() -> None:
         "evaluate",
         "verify",
         "set-threshold",
+        "recalibrate",
         "distill",
         "doctor",
         "build",

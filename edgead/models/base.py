@@ -48,7 +48,7 @@ class AnomalyModel(nn.Module):
         Args:
             raw: What `forward` gives.
             calibration: float32 [len(raw) + 1], a scale for each raw map and an offset; see
-                `edgead.training.calibrate.graph_constants`.
+                `edgead.calibration.graph_constants`.
         """
         joined = calibration[0] * raw[0]
         for index in range(1, len(raw)):

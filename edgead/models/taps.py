@@ -161,7 +161,7 @@ def _pdn_levels(network: PDN, x: Tensor, taps: tuple[str, ...]) -> list[Tensor]:
     hidden = network.trunk(extended(x, "reflect"))
     # A feature sees 4x4 of the hidden cells (in a PDN-M, 1x1). The third of these in each direction
     # stands for it: its patch has its middle at 4 i + 2, and cell i of the map has it at 4 i + 1.5.
-    margin = network.last.kernel_size[0] - 1
+    margin = 3 if network.size == "s" else 0
     low = margin - margin // 2
     end = low - margin or None
     found = {"trunk": hidden[..., low:end, low:end]}

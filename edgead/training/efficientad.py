@@ -11,7 +11,6 @@ choices that an uninterrupted one would have made.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +54,9 @@ class TrainConfig:
         steps: Training steps; the published figures take 70,000.
         minutes: Train for this long instead of for `steps`.
         optimizer: None is Adam, as published, for `LONG_RUN` steps or more, and Muon for shorter runs
-            and for `minutes`: it needs a fifth of the steps (docs/training.md).
-        learning_rate: None is 0.02 for Muon, falling to zero along a cosine, and 1e-4 for Adam, a tenth
-            of it from 95 % of the run on, as published.
+            and for `minutes`: it needs a fraction of the steps (docs/training.md).
+        learning_rate: None is 1e-4 for Adam, as published, and 0.02 for Muon; from 95 % of the run on a
+            tenth of it, as published.
         border: "published" leaves the outer 16 px blind, "reflect" inspects them; see `EfficientAD`.
         targets: Channels of the target space, see `EfficientAD`; 384 as published.
         false_reject: Target rate of good parts rejected, for the threshold.
@@ -98,8 +97,6 @@ class TrainConfig:
     def rate_at(self, fraction: float) -> float:
         """The learning rate when this fraction (0..1) of the run is done."""
         assert self.learning_rate is not None
-        if self.optimizer == "muon":
-            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
         return self.learning_rate * (0.1 if fraction >= 0.95 else 1.0)
 
     def optimizer_of(self, model: EfficientAD) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +48,24 @@ def iterate_images(paths: Iterable[Path], size_px: tuple[int, int] = NETWORK_PX)
             yield waiting.popleft().result()
 
 
+def common_size(paths: Sequence[Path]) -> tuple[int, int]:
+    """The (height, width) in px that most of the images have; a warning tells of others."""
+
+    def size(path: Path) -> tuple[int, int]:
+        height, width, _ = read_image(path).shape
+        return height, width
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_DECODERS)) as pool:
+        (common, count), *others = Counter(pool.map(size, paths)).most_common()
+    if others:
+        log.warning(
+            "%d of %d training images are not %dx%d px (height x width) as the others are, but such as"
+            " %dx%d; they are resized to that",
+            len(paths) - count, len(paths), *common, *others[0][0],
+        )  # fmt: skip
+    return common
+
+
 def read_images(paths: Sequence[Path]) -> np.ndarray:
     """All images in memory, uint8 [N, 256, 256, 3]; for few of them."""
     return np.stack(list(iterate_images(paths)))
@@ -77,8 +95,40 @@ class ImagePool:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(self.count))
 
+    def part(self, index: int, top: int, left: int, size_px: tuple[int, int]) -> np.ndarray:
+        """A part of an image, uint8 [*size_px, 3], without reading the rest."""
+        shape, offset = (*self.size_px, 3), index * _bytes(self.size_px)
+        image = np.memmap(self.file, np.uint8, "r", offset, shape)
+        return np.array(image[top : top + size_px[0], left : left + size_px[1]])
 
-Images = np.ndarray | ImagePool  # uint8 [N, h, w, 3], or the same in a file
+
+class Tiles:
+    """The tiles of all images of a pool, image by image; they are cut when they are asked for.
+
+    Args:
+        corners: First row and first column of every tile of an image.
+        size_px: Height and width of a tile.
+    """
+
+    def __init__(
+        self, pool: ImagePool, corners: Sequence[tuple[int, int]], size_px: tuple[int, int]
+    ) -> None:
+        self.pool, self.corners, self.size_px = pool, corners, size_px
+
+    def __len__(self) -> int:
+        return len(self.pool) * len(self.corners)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"tile {index} of {len(self)}")
+        image, place = divmod(index, len(self.corners))
+        return self.pool.part(image, *self.corners[place], self.size_px)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+
+Images = np.ndarray | ImagePool | Tiles  # uint8 [N, h, w, 3], or the same in a file
 
 
 def store_images(paths: Sequence[Path], file: Path, size_px: tuple[int, int] = NETWORK_PX) -> ImagePool:

@@ -19,6 +19,7 @@ from edgead.errors import TrainingError
 from edgead.methods import trainer_of
 from edgead.models.base import AnomalyModel
 from edgead.models.files import load_strict, read_state_dict
+from edgead.models.tiled import Tiled
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "detector.safetensors"
@@ -66,12 +67,17 @@ def read_run(folder: Path | str) -> Run:
         )
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        model: AnomalyModel = trainer_of(record["method"]).build(**record["architecture"])
+        model = _build(record["method"], **record["architecture"])
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{folder / RUN_FILE} is damaged ({error}); train again") from error
     state, _ = read_state_dict(folder / WEIGHTS_FILE)
     load_strict(model, state, folder / WEIGHTS_FILE)
     return Run(folder, record, model.eval().requires_grad_(False))
+
+
+def _build(method: str, *, tiling: dict[str, Any] | None = None, **architecture: Any) -> AnomalyModel:
+    model: AnomalyModel = trainer_of(method).build(**architecture)
+    return Tiled(model, **tiling) if tiling else model
 
 
 def git_commit() -> str | None:

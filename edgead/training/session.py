@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,23 +25,13 @@ Progress = Callable[[float, int, Mapping[str, float]], None]
 """Called after every step with the fraction done (0..1), the step and its losses."""
 
 
-class Schedule(Protocol):
-    """The settings of a run that its loop needs; every method's `Config` has them."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def minutes(self) -> float | None: ...
-    @property
-    def checkpoint_s(self) -> float: ...
-
-
 class Session:
     """A run in progress.
 
     Args:
         run: Folder for the checkpoint and losses.csv.
-        schedule: Ends the run after `steps`, or after `minutes` where those are given.
+        config: Of the method. Its `minutes`, or else its `steps`, end the run, and `checkpoint_s`
+            seconds lie between checkpoints; a method may lack any of them, see `lasts`.
         images: uint8 [N, h, w, 3], the good training images at the networks' size.
         settings: What a checkpoint must have been made with to be resumed.
         resume: Go on from the checkpoint if there is one.
@@ -53,7 +44,7 @@ class Session:
     def __init__(
         self,
         run: Path,
-        schedule: Schedule,
+        config: Any,
         *,
         images: Images,
         device: torch.device,
@@ -62,7 +53,10 @@ class Session:
         progress: Progress | None = None,
     ) -> None:
         keep_memory()
-        self.run, self.schedule, self.images, self.device = run, schedule, images, device
+        self.run, self.images, self.device = run, images, device
+        self._steps: int | None = getattr(config, "steps", None)
+        self._minutes: float | None = getattr(config, "minutes", None)
+        self._checkpoint_s: float = getattr(config, "checkpoint_s", math.inf)
         self._settings, self._progress = settings, progress
         self._checkpoint = run / CHECKPOINT_FILE
         self._table = io.StringIO()
@@ -79,6 +73,10 @@ class Session:
         """The clock starts here: what was prepared before does not count as training."""
         self._start = self._saved = time.monotonic()
 
+    def lasts(self, steps: int) -> None:
+        """How many steps the run has where its config does not say."""
+        self._steps = self._steps or steps
+
     def autocast(self) -> AbstractContextManager[object]:
         """Convolutions in this device's quickest precision, parameters and losses in float32."""
         return autocast(self.device)
@@ -89,9 +87,10 @@ class Session:
 
     def fraction_done(self) -> float:
         """Of the run, by steps or by minutes; at 1 it is over."""
-        if self.schedule.minutes is not None:
-            return self.seconds() / (60 * self.schedule.minutes)
-        return self.step / self.schedule.steps
+        if self._minutes is not None:
+            return self.seconds() / (60 * self._minutes)
+        assert self._steps is not None, "Session.lasts was not called"
+        return self.step / self._steps
 
     def record(self, losses: Mapping[str, float]) -> None:
         """Count a step; the first one and every tenth go into the table.
@@ -121,7 +120,7 @@ class Session:
         Args:
             state: What the method needs to go on: tensors and plain values.
         """
-        if self.fraction_done() < 1 and time.monotonic() - self._saved < self.schedule.checkpoint_s:
+        if self.fraction_done() < 1 and time.monotonic() - self._saved < self._checkpoint_s:
             return
         content = {
             "method": state(),

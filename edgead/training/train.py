@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgead.calibration import MapScale, choose_threshold, graph_constants
 from edgead.errors import TrainingError
 from edgead.files import write_text
 from edgead.methods import configure, trainer_of
 from edgead.models.base import AnomalyModel
 from edgead.models.files import save_safetensors
-from edgead.training.calibrate import MapScale, choose_threshold, graph_constants
+from edgead.models.tiled import Tiled, frame_of
 from edgead.training.data import Dataset
 from edgead.training.device import pick_device
-from edgead.training.images import iterate_images, store_images
+from edgead.training.images import Images, Tiles, common_size, iterate_images, store_images
 from edgead.training.run import (
     CHECKPOINT_FILE,
     PENALTY_FILE,
@@ -42,6 +43,8 @@ def train(
     *,
     device: str = "auto",
     resume: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
     progress: Progress | None = None,
     **files: Path | None,
 ) -> dict[str, Any]:
@@ -52,6 +55,10 @@ def train(
         run: Folder to write; see `edgead.training.run`.
         config: A method's settings, see `edgead.methods.configure`; default: EfficientAD-S as published.
         resume: Go on from the run's checkpoint.
+        tile: Train on tiles of this many px of the images, and inspect whole frames in such tiles; see
+            `edgead.models.tiled`. The frames have the size of most training images. These lie at that
+            size on disk while training: 2.4 MB for 900x900 px.
+        overlap: Of neighbouring tiles at least, in px; default: a quarter of a tile.
         progress: Called after every step with the fraction done, the step and its losses.
         files: What the method starts from: `teacher` (a PDN teacher file; default: the one that the
             package ships), `penalty` (a folder of natural images), `backbone` (a weight file).
@@ -71,24 +78,35 @@ def train(
             f"--{surplus[0]}: --method {config.method} starts from no such file;"
             f" it takes {', '.join(f'--{option}' for option in method.FILES)}"
         )
+    if overlap is not None and tile is None:
+        raise TrainingError(f"--overlap {overlap} is that of tiles: add --tile, or leave it out")
     _check_folder(run, resume=resume)
     run.mkdir(parents=True, exist_ok=True)
     chosen = pick_device(device)
     trainer = method(config, named, run)
     model: AnomalyModel = trainer.model
+    if tile is not None:
+        model = _tiled(model, dataset, tile, overlap)
     fingerprint = dataset.fingerprint()
-    pool = _pool_file(run, dataset, f"{fingerprint} {model.input_px}")
+    pool_file = _pool_file(run, dataset, f"{fingerprint} {model.input_px}")
+    images: Images
+    images = pool = store_images(dataset.train, pool_file, model.input_px)
+    settings = {**asdict(config), **trainer.settings, "data": fingerprint, "tiling": None}
+    if isinstance(model, Tiled):
+        images = Tiles(pool, model.corners, model.inner.input_px)
+        settings["tiling"] = model.architecture()["tiling"]
     session = Session(
         run,
         config,
-        images=store_images(dataset.train, pool, model.input_px),
+        images=images,
         device=chosen,
-        settings={**asdict(config), **trainer.settings, "data": fingerprint},
+        settings=settings,
         resume=resume,
         progress=progress,
     )
     trainer.fit(session)
     seconds = session.seconds()
+    model.to(chosen)  # with what a tiled one has around the trained networks
     good = iterate_images(dataset.validation, model.input_px)
     calibration, threshold = calibrate(model, good, config.false_reject, chosen)
     record = {
@@ -108,6 +126,11 @@ def train(
     }
     _write(run, model, record)
     return record
+
+
+def _tiled(model: AnomalyModel, dataset: Dataset, tile: int, overlap: int | None) -> Tiled:
+    frame = frame_of(model, common_size(dataset.train), tile)
+    return Tiled(model, tile=tile, overlap=tile // 4 if overlap is None else overlap, frame=frame)
 
 
 def _check_folder(run: Path, *, resume: bool) -> None:

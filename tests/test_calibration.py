@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgead.errors import TrainingError
-from edgead.training.calibrate import (
+from edgead.calibration import (
     MapScale,
     binomial_upper_bound,
     choose_threshold,
     graph_constants,
 )
+from edgead.errors import TrainingError
 
 
 def test_low_quantile_maps_to_0_and_high_to_a_tenth() -> None:

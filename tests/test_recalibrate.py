@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from edgead.bundle import Bundle
+from edgead.calibration import choose_threshold
+from edgead.cli import main
+from edgead.detector import load
+from edgead.errors import BundleError, DataError
+from edgead.image import list_images, read_image
+from edgead.recalibrate import HISTORY, recalibrate, undo
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """Twenty noisy grey pictures, as a darker lamp gives them."""
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for index in range(20):
+        rng = np.random.default_rng(index)
+        picture = rng.integers(40, 90, (48, 40, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{index:02}.png"), picture)
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tiny_bundle: Path) -> Path:
+    return Path(shutil.copy(tiny_bundle, tmp_path / "part.edgead"))
+
+
+def test_scale_and_threshold_are_those_of_the_definition(bundle: Path, good: Path) -> None:
+    """Recomputed here: the 0.9 quantile of good pixels is 0, the 0.995 quantile 0.1, per raw map."""
+    result = recalibrate(bundle, list_images(good), backend="onnxruntime", false_reject=0.1)
+    frames = [read_image(path) for path in list_images(good)]
+    manifest = Bundle.open(bundle).manifest
+    with load(bundle, backend="onnxruntime") as detector:
+        answers = [detector(frame) for frame in frames]
+        total = np.zeros_like(np.stack([answer.anomaly_map for answer in answers]))
+        for index in range(2):
+            detector._judge.calibration = np.eye(3, dtype=np.float32)[index]
+            raw = np.stack([detector(frame).anomaly_map for frame in frames])
+            low, high = np.quantile(raw.astype(np.float64), [0.9, 0.995])
+            total += 0.05 * (raw - low) / (high - low)
+    np.testing.assert_allclose([a.anomaly_map for a in answers], total, rtol=1e-4, atol=1e-5)
+    scores = np.array([answer.score for answer in answers])
+    expected = choose_threshold(scores, false_reject=0.1)
+    assert manifest.threshold.value == pytest.approx(expected.value, rel=1e-5) == result.after
+    assert (scores >= manifest.threshold.value).sum() == 2  # a tenth of twenty
+    assert manifest.threshold.basis.startswith("recalibrated: order statistic")
+    assert manifest.threshold.good_images == result.images == 20
+
+
+def test_the_graph_stays_and_golden_samples_answer_anew(bundle: Path, good: Path) -> None:
+    before = Bundle.open(bundle)
+    recalibrate(bundle, list_images(good), backend="onnxruntime")
+    after = Bundle.open(bundle)
+    assert after.model_bytes() == before.model_bytes()  # so an engine of it stays valid
+    assert not np.array_equal(after.golden().scores, before.golden().scores)
+    assert np.array_equal(after.golden().images, before.golden().images)
+    assert main(["verify", str(bundle), "--backend", "onnxruntime"]) == 0
+
+
+def test_undo_brings_back_what_was_before_step_by_step(bundle: Path, good: Path) -> None:
+    states = [Bundle.open(bundle).manifest]
+    for rate in (0.2, 0.05):
+        recalibrate(bundle, list_images(good), backend="onnxruntime", false_reject=rate)
+        states.append(Bundle.open(bundle).manifest)
+    assert len(states[-1].provenance[HISTORY]) == 2
+    for expected in (states[1], states[0]):
+        undo(bundle)
+        manifest = Bundle.open(bundle).manifest
+        assert manifest.calibration == expected.calibration
+        assert manifest.threshold == expected.threshold
+        assert main(["verify", str(bundle), "--backend", "onnxruntime"]) == 0
+    with pytest.raises(BundleError, match="was never recalibrated"):
+        undo(bundle)
+
+
+def test_command(bundle: Path, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bundle.read_bytes()
+    out = tmp_path / "new.edgead"
+    command = ["recalibrate", str(bundle), "--backend", "onnxruntime"]
+    assert main([*command, "--good", str(good), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "calibrated on 20 good images" in printed and "support a false-reject rate" in printed
+    assert bundle.read_bytes() == content and Bundle.open(out).manifest.threshold.good_images == 20
+    assert main(["recalibrate", str(out), "--undo"]) == 0
+    assert Bundle.open(out).manifest.threshold == Bundle.open(bundle).manifest.threshold
+
+
+@pytest.mark.parametrize("damage", ["nothing there", "no image"])
+def test_bad_input_leaves_the_bundle_alone(bundle: Path, good: Path, damage: str) -> None:
+    content = bundle.read_bytes()
+    paths = []
+    if damage == "no image":
+        (good / "05.png").write_bytes(b"not a picture")
+        paths = list_images(good)
+    with pytest.raises(DataError, match="needs images of good parts" if not paths else "05.png"):
+        recalibrate(bundle, paths, backend="onnxruntime")
+    assert bundle.read_bytes() == content
