@@ -130,7 +130,7 @@ class Reduced(AnomalyModel):
 
     def __init__(self, model: EfficientAD, rotations: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.model, self.rotations = model, rotations
+        self.model, self.rotations, self.blind_cells = model, rotations, model.blind_cells
 
     def architecture(self) -> dict[str, Any]:
         return self.model.architecture()

@@ -17,12 +17,14 @@ class AnomalyModel(nn.Module):
     Attributes:
         input_px: Height and width of the images that the networks take.
         map_cells: Height and width of the anomaly map.
+        blind_cells: Cells at each edge of the anomaly map that the raw maps lack.
         raw_names: Names of the raw maps, in the order in which `forward` gives them.
         meaning: One sentence for the manifest: what the raw maps are, and where they are published.
     """
 
     input_px: tuple[int, int]
     map_cells: tuple[int, int]
+    blind_cells: int = 0
     raw_names: tuple[str, ...]
     meaning: str
 

@@ -126,7 +126,8 @@ class EfficientAD(AnomalyModel):
             raise ValueError(f"{targets} target channels: a number from 1 to {FEATURES} is needed")
         self.targets = targets
         self.border = border
-        self.cells = MAP_CELLS if border == "reflect" else MAP_CELLS - 2 * BORDER_CELLS
+        self.blind_cells = 0 if border == "reflect" else BORDER_CELLS
+        self.cells = MAP_CELLS - 2 * self.blind_cells
         size: Size = teacher.size
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = PDN(size, 2 * targets)

@@ -16,7 +16,6 @@ image.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,6 @@ from edgead.training.finch import BLOCK_PATCHES, PROTOTYPES_LIMIT, PrototypeLear
 
 if TYPE_CHECKING:
     from edgead.training.session import Session
-
-log = logging.getLogger(__name__)
 
 IMAGE_PX = 256
 CELLS = 64
@@ -260,7 +257,8 @@ class Trainer:
             model.prototypes.shape[1], max_prototypes=self.config.max_prototypes, device=session.device
         )
         for index in range(len(images)):
-            found = patches(model.backbone(at_network(index)))  # in FP32: a second in a run of minutes
+            # In FP32 also where the device has bfloat16: most of the time goes into clustering.
+            found = patches(model.backbone(at_network(index)))
             learner.add(found[0].flatten(1).T)
             session.record({})
         prototypes = learner.finish()

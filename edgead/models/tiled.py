@@ -7,11 +7,11 @@ Where tiles overlap, the weight of each falls linearly with the distance to its 
 outer part of the overlap: what a network tells of cells near an edge depends on what it makes up for the
 pixels beyond. The weights of all tiles add up to 1 in every cell.
 
-How much a seam shows depends on how far the networks look. PDNs look 16 px beyond a cell: from an overlap
-of 64 px on (32 with EfficientAD's blind border), their map is that of the whole frame. Deep backbones,
-which pad, and EfficientAD's autoencoder look across a whole tile. How far the highest map value at a
-defect moves, at most, when tile borders pass over it in steps of 16 px, in percent of the typical value;
-median and largest of 12 round spots, 12 to 26 px wide, drawn on good images of MVTec AD bottle:
+How much a seam shows depends on how far the networks look. PDNs look 16 px beyond a cell: from an
+overlap of 64 px on (32 with EfficientAD's blind border), their map is that of the whole frame. Deep
+backbones, which pad, and EfficientAD's autoencoder look across a whole tile. How far the highest map
+value at a defect moves, at most, when tile borders pass over it in steps of 16 px, in percent of the
+typical value; median and largest of 12 round spots, 11 to 25 px wide, on good images of MVTec AD bottle:
 
     overlap, px                                          32          64          96         128
     ProtoAD, MobileNetV2                            1.0, 2.7    0.7, 1.8    0.3, 0.8    0.2, 0.8
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from edgead.errors import TrainingError
 from edgead.models.base import AnomalyModel
-from edgead.models.efficientad import BORDER_CELLS, EfficientAD
 
 MARGIN = 0.25
 """Of the overlap: where a tile has no weight, because its neighbour reaches further."""
@@ -88,7 +87,7 @@ class Tiled(AnomalyModel):
         self.inner, self.tile, self.overlap = inner, tile, overlap
         self.raw_names = inner.raw_names
         self.meaning = f"{inner.meaning}; of the tiles of a frame, merged (model.tiling)"
-        cell_px, blind = _cell_px(inner), _blind_cells(inner)
+        cell_px, blind = _cell_px(inner), inner.blind_cells
         least = 2 * blind * cell_px * tile // inner.input_px[0]
         if not least <= overlap <= tile // 2:
             raise TrainingError(
@@ -227,8 +226,3 @@ class Blend(nn.Module):
 
 def _cell_px(model: AnomalyModel) -> int:
     return model.input_px[0] // model.map_cells[0]
-
-
-def _blind_cells(model: AnomalyModel) -> int:
-    """Cells at the edges of the map that the raw maps do not have."""
-    return BORDER_CELLS if isinstance(model, EfficientAD) and model.border == "published" else 0
