@@ -225,7 +225,7 @@ def _provenance(record: dict[str, Any]) -> dict[str, Any]:
             "fingerprint": data["fingerprint"],
             "images": counts,
         },
-        **({"penalty": record["penalty"]} if "penalty" in record else {}),
+        **{key: record[key] for key in ("penalty", "fit", "clustering") if key in record},
         "training": record["training"] | {"config": record["config"]},
         "trained": record["made"],
         "exported": {

@@ -32,6 +32,7 @@ from edgead.models import vit
 from edgead.models.base import AnomalyModel
 from edgead.models.files import WeightsInfo, read_state_dict
 from edgead.models.folding import normalise, set_precision
+from edgead.models.maps import as_weight, bilinear_matrix, both_axes
 from edgead.models.resnet import NAMES
 from edgead.models.taps import PDN_TAPS, Backbone
 
@@ -148,9 +149,9 @@ class Transfer(nn.Module):
         super().__init__()
         (earlier, later), (fine, coarse) = channels, cells
         self.forward_net, self.backward_net = mlp(earlier, later), mlp(later, earlier)
-        finer = _as_weight(bilinear_matrix(coarse, fine)) if coarse != fine else None
+        finer = as_weight(bilinear_matrix(coarse, fine)) if coarse != fine else None
         self.register_buffer("finer", finer, persistent=False)
-        blur = _as_weight(blur_matrix(fine, image_px, border))
+        blur = as_weight(blur_matrix(fine, image_px, border))
         self.register_buffer("blur", blur, persistent=False)
 
     def on_one_grid(self, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,12 +268,6 @@ def distance(predicted: Tensor, features: Tensor) -> Tensor:
     return (unit - expected).norm(dim=1, keepdim=True)
 
 
-def bilinear_matrix(cells: int, px: int) -> Tensor:
-    """Bilinear interpolation (corners not aligned) along one axis, float64 [px, cells]."""
-    columns = torch.eye(cells, dtype=torch.float64)[None]
-    return F.interpolate(columns, size=px, mode="linear", align_corners=False)[0].T
-
-
 def blur_matrix(cells: int, px: int, border: BlurBorder) -> Tensor:
     """Matrix M, float64 [px, cells]: M X M^T is a map X enlarged bilinearly, then blurred.
 
@@ -285,19 +280,6 @@ def blur_matrix(cells: int, px: int, border: BlurBorder) -> Tensor:
         columns = F.avg_pool1d(columns, side, 1, side // 2)
     matrix = columns[0].T
     return matrix if border == "zero" else matrix / matrix.sum(1, keepdim=True)
-
-
-def both_axes(x: Tensor, weight: Tensor) -> Tensor:
-    """A matrix times both axes of maps: [N, C, h, h] to [N, C, px, px] with a weight [px, h, 1, 1].
-
-    As convolutions, for the reason of `mlp`.
-    """
-    wide = F.conv2d(x.permute(0, 3, 1, 2), weight)  # N, columns, C, rows
-    return F.conv2d(wide.permute(0, 3, 2, 1), weight).permute(0, 2, 1, 3)
-
-
-def _as_weight(matrix: Tensor) -> Tensor:
-    return matrix.float()[:, :, None, None].contiguous()
 
 
 def top_values(height: int, width: int) -> int:

@@ -2,7 +2,7 @@
 
 RUN/run.json                 settings, data set, weight files, calibration, threshold, timings
 RUN/detector.safetensors     the method's networks and their statistics, frozen ones included; FP32
-RUN/losses.csv               step, seconds and the losses
+RUN/losses.csv               step, seconds and the losses, of methods that have some
 RUN/checkpoint.pt            only while training: what --resume goes on from
 RUN/images-*.bin, penalty.bin    only while training: images at network size
 """
