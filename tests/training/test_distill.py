@@ -270,7 +270,10 @@ def test_help_names_the_true_defaults(capsys: pytest.CaptureFixture[str]) -> Non
     for words in (
         f"training steps (default: {config.steps})",
         f"of all processes (default: {config.batch})",
-        f"at its highest (default: {config.learning_rate})",
+        f"default: {config.optimizer}; the published run",
+        "at its highest (default: {} of muon, {} of adamw)".format(
+            config.rate, replace(config, optimizer="adamw").rate
+        ),
         "of an image (default: {} {})".format(*config.crop),
         f"twice as many pixels (default: {config.side_px})",
         f"what is minimised (default: {config.loss})",

@@ -90,7 +90,7 @@ def images(demo_images: Path) -> np.ndarray:
 def test_targets_and_losses_keep_the_published_scale(
     images: np.ndarray, random_teacher: Path, natural_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgead.training.efficientad.NATURAL_IMAGES", 2)
+    monkeypatch.setattr("edgead.training.teacher_targets.NATURAL_IMAGES", 2)
     model = build_model(load_teacher(random_teacher)[0], seed=0, targets=16)
     penalty = PenaltyImages(natural_images, seed=0)
     targets = TeacherTargets(model, images[:3], CPU, 1, lambda: natural_moment(model, penalty, CPU))
@@ -127,7 +127,7 @@ def test_a_run_resumes_and_exports(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("edgead.training.efficientad.NATURAL_IMAGES", 2)
+    monkeypatch.setattr("edgead.training.teacher_targets.NATURAL_IMAGES", 2)
     inputs = demo_images, natural_images, random_teacher
     _train(tmp_path / "a", *inputs)
 
