@@ -44,8 +44,12 @@ TAPS = {
 """Levels by kind of backbone: strides 4, 8, 16; of a PDN two of stride 4."""
 
 EPOCHS = 100
-BATCHES = dict.fromkeys(TAPS, 32) | {"pdn-s": 8, "pdn-m": 8}
-"""Images per step by kind of backbone: 32 as published; a PDN-S takes 0.4 GiB for each in training."""
+BATCHES = dict.fromkeys(TAPS, 32) | dict.fromkeys(("mobilenet_v2", "pdn-s", "pdn-m"), 8)
+"""Images per step by kind of backbone: with ResNets 32, as published.
+
+With the others a step of 8 goes about as far: after 800 images of MVTec AD bottle, MobileNetV2 has image
+AUROC 1.00 in steps of 8 and 0.67 in steps of 32. And a PDN-S takes 0.4 GiB of memory for each of them.
+"""
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 HELD_OUT = 0.2
@@ -58,8 +62,8 @@ class StpmConfig:
     Attributes:
         steps: Batches, see `BATCHES`; None is 100 epochs, as published.
         minutes: Train for this long instead of for `steps`.
-        learning_rate: 0.4 as published. With MobileNetV2 the validation maps after 50 steps grow from
-            0.035 to 0.09, 0.22 and 0.5 each time it is halved.
+        learning_rate: As published. It suits MobileNetV2, too: on MVTec AD bottle the mean of the
+            validation maps after 100 steps is 0.012 with it, 0.021 with 0.2, and 0.056 with 0.8.
         false_reject: Target rate of good parts rejected, for the threshold.
         checkpoint_s: Seconds between checkpoints; what a kill loses at most.
         teacher_cache_mib: Memory for teacher features of training images: 0.3 MiB each with MobileNetV2,
