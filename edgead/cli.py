@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgead import __version__, commands, device_commands
+from edgead import __version__, commands, device_commands, line_commands
 from edgead.errors import EdgeADError
 from edgead.methods import METHODS
 
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspection_commands(command)
     _add_build(command)
     _add_doctor(command)
+    line_commands.add_commands(command)
     text = "Show or tidy the engines that were built on this device."
     engines = subparsers.add_parser("engines", help=text, description=text)
     _add_engine_commands(_adder(engines.add_subparsers(dest="verb", required=True, metavar="VERB")))

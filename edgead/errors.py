@@ -51,3 +51,7 @@ class TrainingError(EdgeADError, RuntimeError):
 
 class ExportError(EdgeADError, RuntimeError):
     """A trained run cannot be exported, or the exported graph does not agree with it."""
+
+
+class LineError(EdgeADError, RuntimeError):
+    """A line cannot start as its recipe file says, or a part of it cannot go on."""

@@ -19,6 +19,7 @@ import numpy as np
 from edgead import calibration
 from edgead.bundle import Bundle, Golden, write_bundle
 from edgead.errors import BackendError, BundleError, DataError
+from edgead.health import HEALTH, HealthProfile
 from edgead.image import read_image
 from edgead.judge import Judge
 from edgead.manifest import Calibration, Manifest, Threshold
@@ -99,6 +100,7 @@ def recalibrate(
             quantiles={n.removesuffix("_scale"): asdict(s) for n, s in zip(names, scales, strict=False)},
         ),
         threshold=Threshold(**stands | {"basis": f"recalibrated: {threshold.basis}"}),
+        model=manifest.model | {HEALTH: HealthProfile.of(map(read_image, images)).to_dict()},
         provenance=manifest.provenance | {HISTORY: [*_history(manifest), _state(manifest)][-KEPT:]},
     )
     write_bundle(out or path, after, bundle.model_bytes(), _answered(bundle, constants))
@@ -125,7 +127,13 @@ def undo(path: Path) -> Recalibration:
     golden = _answered(bundle, np.array(before.values, np.float32))
     threshold = Threshold(**state["threshold"])
     provenance = manifest.provenance | {HISTORY: history[:-1]}
-    restored = replace(manifest, calibration=before, threshold=threshold, provenance=provenance)
+    restored = replace(
+        manifest,
+        calibration=before,
+        threshold=threshold,
+        model={name: value for name, value in manifest.model.items() if name != HEALTH} | state["model"],
+        provenance=provenance,
+    )
     write_bundle(path, restored, bundle.model_bytes(), golden)
     return Recalibration(0, manifest.threshold.value, threshold.value, threshold.basis, 0)
 
@@ -204,4 +212,5 @@ def _state(manifest: Manifest) -> dict[str, Any]:
         "until_utc": until,
         "calibration": asdict(manifest.calibration),
         "threshold": asdict(manifest.threshold),
+        "model": {name: value for name, value in manifest.model.items() if name == HEALTH},
     }

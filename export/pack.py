@@ -20,6 +20,7 @@ from edgead.export.graph import MergedGraph
 from edgead.export.parity import Parity, compare
 from edgead.export.reduce import Reduced, Reduction, reduce_run, sizes_for
 from edgead.export.to_onnx import to_onnx
+from edgead.health import HEALTH
 from edgead.manifest import (
     RESIZE_IN_GRAPH,
     RESIZE_ON_HOST,
@@ -185,7 +186,12 @@ def _manifest(
         ),
         threshold=Threshold(**threshold),
         parity=parity.to_dict(),
-        model=_describe_model(model) | model.architecture() | record["weights"],
+        model={
+            **_describe_model(model),
+            **model.architecture(),
+            **record["weights"],
+            **{key: record[key] for key in (HEALTH,) if key in record},  # runs before it was taken
+        },
         provenance=_provenance(record),
     )
 

@@ -34,7 +34,9 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "runtime.executor": (*DEVICE, "judge"),
     "runtime.worker": (*DEVICE, "judge"),
     "calibration": ("errors",),
-    "recalibrate": (*DEVICE, "calibration", "judge"),
+    "image_facts": ("errors",),
+    "health": ("errors", "image_facts"),
+    "recalibrate": (*DEVICE, "calibration", "health", "judge"),
     "judge": ("errors", "image", "manifest", "result"),
     "detector": (*DEVICE, "judge"),
     "background": ("errors",),
@@ -51,12 +53,23 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "methods": ("errors",),  # and, by the names in its dictionary, what implements them
     "models": ("errors", "files", "image", "models", "training.session"),  # the latter for its type
     "models.protoad": ("errors", "files", "image", "models", "training.finch", "training.session"),
-    "training": ("errors", "calibration", "files", "image", "methods", "metrics", "models", "training"),
+    "training": (
+        "errors",
+        "calibration",
+        "files",
+        "health",
+        "image",
+        "methods",
+        "metrics",
+        "models",
+        "training",
+    ),
     "training.data": ("errors", "image"),
     "training.demo_data": ("errors", "image", "training.demo_*"),
     "training.demo_*": ("errors", "image", "training.demo_*"),
     "export": (
         "errors",
+        "health",
         "image",
         "manifest",
         "bundle",
@@ -67,6 +80,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     ),
     "export.reduce": ("errors", "image", "metrics", "models", "training", "export"),
     "export.parity": ("errors", "image", "bundle", "models", "training.data", "runtime"),
+    "line": (*DEVICE, "health", "judge", "line"),
     "flavour": ("errors",),
     "engine": ("errors", "flavour", "jetson"),
     "engines": (
@@ -82,7 +96,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "benchmarks": None,
 }
 # May import everything, but inside functions, so that --help is quick and works with the core alone.
-COMMAND_LINE = ("cli", "commands", "device_commands", "demo", "__main__")
+COMMAND_LINE = ("cli", "commands", "device_commands", "line_commands", "demo", "__main__")
 
 # Library -> modules that may import it. "(lazy)": inside functions only.
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -105,7 +119,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pycuda": ("runtime.cuda", "engines"),
     "pynvml": ("gpu_state (lazy)",),
     "ray": ("benchmarks.accuracy_workers (lazy)",),
-    "cv2": ("image", "training", "benchmarks", "metrics (lazy)", "report (lazy)"),
+    "cv2": ("image", "line", "training", "benchmarks", "metrics (lazy)", "report (lazy)"),
     "pickle": ("models.files",),  # for the name of the error that torch.load(weights_only=True) raises
     **dict.fromkeys(("marshal", "shelve", "dill", "joblib", "cloudpickle"), ()),
 }

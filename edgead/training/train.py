@@ -18,6 +18,8 @@ import torch
 from edgead.calibration import MapScale, choose_threshold, graph_constants
 from edgead.errors import TrainingError
 from edgead.files import write_text
+from edgead.health import HEALTH, HealthProfile
+from edgead.image import read_image
 from edgead.methods import configure, trainer_of
 from edgead.models.base import AnomalyModel
 from edgead.models.files import save_safetensors
@@ -34,6 +36,8 @@ from edgead.training.run import (
     images_file,
 )
 from edgead.training.session import Progress, Session
+
+HEALTH_IMAGES = 300  # are enough for the quantiles of their figures
 
 
 def train(
@@ -122,6 +126,7 @@ def train(
         },
         "calibration": calibration,
         "threshold": threshold,
+        HEALTH: health_of(dataset).to_dict(),
         "made": made(),
     }
     _write(run, model, record)
@@ -218,6 +223,13 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "validation": names(dataset.validation),
         "test": names(tuple(item.path for item in dataset.test)),
     }
+
+
+def health_of(dataset: Dataset) -> HealthProfile:
+    """Input health of good images as the camera gives them; of a large data set, of an even share."""
+    paths = sorted({*dataset.train, *dataset.validation})
+    share = paths[:: -(-len(paths) // HEALTH_IMAGES)]
+    return HealthProfile.of(read_image(path) for path in share)
 
 
 def device_name(device: torch.device) -> str:

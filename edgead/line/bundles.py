@@ -1,0 +1,117 @@
+"""The bundles of a running line: one inspector each, exchanged and revived while parts go on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from edgead.errors import EdgeADError, LineError
+from edgead.line.inspector import Inspector
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_S = (0.5, 30.0)
+
+
+class Bundles:
+    """Inspectors by the path that the recipe file names. Any thread may call it.
+
+    Attributes:
+        has_hung: Whether one was given up that did not answer: its threads may never end.
+    """
+
+    def __init__(self, paths: Iterable[Path], load: Callable[[Path], Inspector]) -> None:
+        """Loads all bundles, each once.
+
+        Args:
+            load: Opens, verifies and warms up a bundle.
+
+        Raises:
+            EdgeADError: One of them cannot be loaded; then none is open.
+        """
+        self.has_hung = False
+        self._load = load
+        self._lock = threading.Lock()
+        self._at_work: dict[Path, Inspector | None] = {}
+        self._is_closed = threading.Event()
+        try:
+            for path in dict.fromkeys(paths):
+                self._at_work[path] = load(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def are_ready(self) -> bool:
+        """Whether none is being loaded again."""
+        return all(self._at_work.values())
+
+    def get(self, path: Path) -> Inspector | None:
+        """The inspector at work; None while it is being loaded again."""
+        return self._at_work[path]
+
+    def name(self, path: Path) -> str:
+        """As its manifest says."""
+        inspector = self._at_work[path]
+        return path.stem if inspector is None else inspector.name
+
+    def enter(self, path: Path) -> Inspector | None:
+        """The inspector at work, which stays open until its `leave`; None while there is none."""
+        with self._lock:
+            inspector = self._at_work[path]
+            return inspector if inspector is not None and inspector.enter() else None
+
+    def swap(self, path: Path, new: Path) -> None:
+        """Puts another bundle in the place of one; what that has begun it finishes.
+
+        Raises:
+            EdgeADError: The new one cannot be loaded or verified: the old one stays.
+        """
+        if path not in self._at_work:
+            raise LineError(f"no recipe of this line uses {path}")
+        inspector = self._load(new)
+        with self._lock:
+            former = self._at_work[path]
+            self._at_work[path] = inspector
+        if former is not None:
+            former.retire()
+        logger.warning("%s: %s took over", path, inspector.path)
+
+    def renew(self, inspector: Inspector, reason: str) -> None:
+        """Loads a bundle again whose model hangs or gave up: in a thread, until it succeeds."""
+        inspector.abandon()
+        with self._lock:
+            paths = [path for path, at_work in self._at_work.items() if at_work is inspector]
+            for path in paths:
+                self._at_work[path] = None
+        if paths:  # otherwise somebody else is at it
+            logger.error("%s: %s: it is loaded again", inspector.path, reason)
+            arguments = (paths, inspector.path)
+            threading.Thread(target=self._load_again, args=arguments, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends all; may be repeated. Does not wait."""
+        self._is_closed.set()
+        for inspector in self._at_work.values():
+            if inspector is not None:
+                inspector.retire()
+
+    def _load_again(self, paths: list[Path], file: Path) -> None:
+        pause_s, longest_s = BACKOFF_S
+        while not self._is_closed.is_set():
+            try:
+                inspector = self._load(file)
+            except (EdgeADError, OSError) as error:
+                logger.error("%s: cannot be loaded again: %s", file, error)
+                self._is_closed.wait(pause_s)
+                pause_s = min(2 * pause_s, longest_s)
+                continue
+            with self._lock:
+                for path in paths:
+                    self._at_work[path] = inspector
+            logger.warning("%s: at work again", file)
+            if self._is_closed.is_set():
+                inspector.retire()
+            return

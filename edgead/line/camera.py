@@ -1,0 +1,135 @@
+"""One camera of a running line: its open parts, its recipes, and what meets an image that comes in."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgead.errors import LineError
+from edgead.health import HealthCheck
+from edgead.line.inspector import Inspector
+from edgead.line.interfaces import Shot, Source
+from edgead.line.ledger import Ledger, Part
+from edgead.line.pixels import to_rgb
+from edgead.line.recipe import CameraConfig, Inspection
+
+PLAIN_PIXELS = ("rgb", "bgr", "mono")
+LOSSES = ("overflows", "superseded", "unexpected", "late_results")
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """An image on its way to its verdict.
+
+    Attributes:
+        region: uint8 [H, W, 3] RGB, what is inspected of the shot; None is all of it, not decoded yet.
+        is_gone: It was given up: whatever comes back is not heard.
+    """
+
+    camera: Camera
+    part: Part
+    shot: Shot
+    region: np.ndarray | None
+    inspector: Inspector | None = None
+    threshold: float = 0.0
+    start_ns: int = 0
+    is_gone: bool = False
+
+    @property
+    def deadline_ns(self) -> int:
+        return self.part.deadline_ns
+
+
+class Camera:
+    """State of one camera. All but `look` is called under the line's lock.
+
+    Attributes:
+        recipe: Index of the recipe in use.
+        thresholds: Per recipe, what was set by hand or in the recipe file; None is the bundle's own.
+        awaiting: Parts that the PLC triggered, whose images have not come yet.
+        counts: Losses by name.
+        reopen: Opens the source anew after it failed; None where that makes no sense (files).
+        failure: Why there are no images at present.
+    """
+
+    def __init__(
+        self, config: CameraConfig, source: Source, reopen: Callable[[], Source] | None = None
+    ) -> None:
+        self.config, self.source, self.reopen = config, source, reopen
+        self.recipe = config.start_recipe
+        self.thresholds = [inspection.threshold for inspection in config.recipes]
+        self.ledger = Ledger(config.deadline_ms)
+        self.awaiting: deque[Part] = deque()
+        self.counts = Counter(dict.fromkeys(LOSSES, 0))
+        self.has_ended = self.overflows = False
+        self.failure: str | None = None
+        self._checks: dict[int, tuple[Inspector, HealthCheck]] = {}
+        timeout_ms = config.image_timeout_ms or max(5 * config.deadline_ms, 1000)
+        self._image_timeout_ns = round(timeout_ms * 1e6)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def inspection(self) -> Inspection:
+        """The recipe in use."""
+        return self.config.recipes[self.recipe]
+
+    def threshold(self, recipe: int, inspector: Inspector) -> float:
+        """That holds for a recipe now."""
+        own = self.thresholds[recipe]
+        return inspector.threshold if own is None else own
+
+    def awaited_part(self, now_ns: int) -> Part | None:
+        """The part that an image belongs to which the PLC asked for; None if nobody asked."""
+        while self.awaiting:
+            part = self.awaiting.popleft()
+            if now_ns - part.trigger_ns <= self._image_timeout_ns:
+                return part
+        self.counts["unexpected"] += 1
+        return None
+
+    def look(
+        self, shot: Shot, recipe: int, inspector: Inspector | None, *, decode: bool
+    ) -> tuple[np.ndarray | None, str | None]:
+        """Checks an image before it is inspected, in the thread of its source.
+
+        Returns:
+            What is inspected of it, uint8 [H, W, 3] RGB, if that is not all or if `decode` asks for it;
+            and why it must not be inspected, if so.
+        """
+        if shot.image is None:
+            return None, shot.problem or "the image was lost"
+        try:
+            roi = self.config.recipes[recipe].roi_px
+            region = to_rgb(shot) if decode or roi or shot.pixels not in PLAIN_PIXELS else None
+            if roi is not None and region is not None:
+                region = _crop(region, *roi)
+            check = self._check(recipe, inspector)
+            if check is None:
+                return region, None
+            return region, check.problem(shot.image if region is None else region)
+        except LineError as error:
+            return None, str(error)
+
+    def _check(self, recipe: int, inspector: Inspector | None) -> HealthCheck | None:
+        if not self.config.health or inspector is None:
+            return None
+        known, check = self._checks.get(recipe, (None, None))
+        if known is not inspector or check is None:
+            check = HealthCheck(inspector.profile)
+            self._checks[recipe] = inspector, check
+        return check
+
+
+def _crop(image: np.ndarray, left: int, top: int, width: int, height: int) -> np.ndarray:
+    if left + width > image.shape[1] or top + height > image.shape[0]:
+        raise LineError(
+            f"roi_px [{left}, {top}, {width}, {height}] does not fit into this image of "
+            f"{image.shape[1]} x {image.shape[0]} px"
+        )
+    return image[top : top + height, left : left + width]

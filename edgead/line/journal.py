@@ -1,0 +1,260 @@
+"""The journal: every trigger and every verdict, on disk before anybody else hears of it.
+
+After a crash it says which parts were open, what the next part id is, and which records the sinks may
+not have got. A folder of segments, `journal-00000001.log` and on; as many are kept as hold the last
+10,000 records. Lines of JSON:
+
+    {"next": 18}                             first of a segment: no part id from here on was given
+    {"part_id": 17, "camera": "top", ...}    a trigger; an open one stands in the next segment again
+    {"verdict": "OK", "part_id": 17, ...}    its `Record`
+    {"late": ...}                            what the model said of a part after its deadline
+
+Each line is one write to the file, which survives `kill -9`. Against power cuts `sync` says when the
+disk has to have it: "second", each second, in a thread of its own; "always", before anybody hears of the
+verdict, which then waits for the disk; "never" leaves it to the system.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgead.errors import DataError, LineError
+from edgead.line.verdicts import Record
+
+logger = logging.getLogger(__name__)
+
+SYNCS = ("never", "second", "always")
+SEGMENT_PARTS = 10_000
+KEPT_IN_MEMORY = 100_000
+
+
+@dataclass(frozen=True)
+class OpenTrigger:
+    """A trigger without a verdict, of a process that is no more."""
+
+    part_id: int
+    camera: str
+    trigger_ns: int  # since 1970
+    tag: int | None
+
+
+@dataclass
+class Past:
+    """What the journal of earlier processes says."""
+
+    next_part_id: int = 1
+    open_triggers: list[OpenTrigger] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)  # of the last segments, oldest first
+
+
+class Journal:
+    """Appends to the journal. Callers hold a lock.
+
+    A disk that is full or gone never stops the line: lines are kept in memory (the last 100,000),
+    counted as `failures`, and written when the disk takes them again.
+
+    Attributes:
+        past: What was there when it was opened.
+        failures: Writes that the disk refused.
+    """
+
+    def __init__(self, folder: Path, *, sync: str = "second") -> None:
+        """Opens the folder, made if need be, for this process alone.
+
+        Raises:
+            LineError: Another process has it, it cannot be written, or it holds what is no journal.
+        """
+        self._folder, self._sync = folder, sync
+        self.failures = 0
+        self._waiting: list[bytes] = []
+        self._file = -1
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise LineError(
+                f"journal {folder}: {error.strerror}: name a folder that can be written"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise LineError(
+                f"journal {folder}: another process runs this line: stop it, or name another folder"
+            ) from error
+        try:
+            self._open_triggers: dict[int, dict[str, Any]] = {}
+            segments = self._segments()
+            self._sizes: dict[Path, int] = {}  # of the segments that are kept: their records
+            self.past = self._read(segments)
+            self._next = self.past.next_part_id
+            self._number = int(segments[-1].stem.rpartition("-")[2]) if segments else 0
+            self._start_segment()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._is_closed = threading.Event()
+        if sync == "second":
+            threading.Thread(target=self._sync_each_second, name="edgead-journal", daemon=True).start()
+
+    def trigger(self, camera: str, trigger_ns: int, tag: int | None) -> int:
+        """Notes a trigger (nanoseconds since 1970) and gives its part id, never given before."""
+        part_id = self._next
+        self._next += 1
+        entry = {"part_id": part_id, "camera": camera, "trigger_ns": trigger_ns, "tag": tag}
+        self._open_triggers[part_id] = entry
+        self._append(entry)
+        return part_id
+
+    def verdict(self, record: Record) -> None:
+        """Notes the verdict on a part."""
+        self._open_triggers.pop(record.part_id, None)
+        self._append({"verdict": record.verdict.value, **record.to_dict()})
+        self._parts_in_segment += 1
+        self._sizes[self._path] = self._parts_in_segment
+        if self._parts_in_segment >= SEGMENT_PARTS:
+            self._start_segment()
+
+    def late(self, record: Record) -> None:
+        """Notes what the model said after the deadline."""
+        self._append({"late": record.to_dict()})
+
+    def close(self) -> None:
+        """Writes out; may be repeated."""
+        self._is_closed.set()
+        if self._file >= 0:
+            self._write()
+            if self._sync != "never":
+                os.fsync(self._file)
+            os.close(self._file)
+            os.close(self._lock)
+            self._file = -1
+
+    def _segments(self) -> list[Path]:
+        return sorted(self._folder.glob("journal-????????.log"))
+
+    def _start_segment(self) -> None:
+        """Opens the next file; what is still open stands in it again, so that older files may go."""
+        self._number += 1
+        path = self._folder / f"journal-{self._number:08d}.log"
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o644)
+        except OSError as error:
+            if self._file < 0:
+                raise LineError(f"journal {path}: {error.strerror}") from error
+            self._number -= 1
+            self._parts_in_segment = SEGMENT_PARTS // 2  # goes on in the old file and tries again later
+            self.failures += 1
+            return
+        if self._file >= 0:
+            self._write()
+            if self._sync != "never":
+                os.fsync(self._file)
+            os.close(self._file)
+        self._file, self._path = file, path
+        self._parts_in_segment = self._sizes[path] = 0
+        lines = [{"next": self._next}, *self._open_triggers.values()]
+        self._waiting[:0] = [_line(line) for line in lines]
+        self._write()
+        if self._sync != "never":
+            os.fsync(file)  # before the segment goes that says the same
+        for old in self._segments():
+            if sum(self._sizes.values()) - self._sizes[old] < SEGMENT_PARTS:
+                break
+            del self._sizes[old]
+            old.unlink(missing_ok=True)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._waiting.append(_line(entry))
+        self._write()
+        if self._sync != "always":
+            return
+        try:
+            os.fdatasync(self._file)
+        except OSError as error:
+            self._note_failure(error)
+
+    def _sync_each_second(self) -> None:
+        """Without the callers' lock: a slow disk delays no verdict."""
+        while not self._is_closed.wait(1):
+            try:
+                file = os.dup(self._file)  # a new segment may close the number itself
+            except OSError:
+                continue
+            try:
+                os.fdatasync(file)
+            except OSError as error:
+                logger.error("journal %s: %s", self._folder, error.strerror)
+            finally:
+                os.close(file)
+
+    def _write(self) -> None:
+        """Writes all lines that wait; a line that the disk takes in part only is written whole again."""
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                written = os.write(self._file, line)
+            except OSError as error:
+                self._note_failure(error)
+                return
+            if written < len(line):
+                self._waiting[0] = b"\n" + line.lstrip(b"\n")  # ends the torn one, which `_read` skips
+                continue
+            self._waiting.pop(0)
+
+    def _note_failure(self, error: OSError) -> None:
+        if self.failures == 0 or not self._waiting:
+            logger.error("journal %s: %s: it is kept in memory", self._folder, error.strerror)
+        self.failures += 1
+        del self._waiting[:-KEPT_IN_MEMORY]
+
+    def _read(self, paths: list[Path]) -> Past:
+        past = Past()
+        triggers: dict[int, dict[str, Any]] = {}
+        decided: set[int] = set()
+        for path in paths:
+            before = len(decided)
+            for entry in _entries(path):
+                if isinstance(entry, Record):
+                    if entry.part_id not in decided:
+                        decided.add(entry.part_id)
+                        past.records.append(entry)
+                elif "next" in entry:
+                    past.next_part_id = max(past.next_part_id, int(entry["next"]))
+                elif "part_id" in entry:
+                    triggers[int(entry["part_id"])] = entry
+            self._sizes[path] = len(decided) - before
+        past.next_part_id = max([past.next_part_id, *(part + 1 for part in (*triggers, *decided))])
+        for part_id in sorted(triggers.keys() - decided):
+            self._open_triggers[part_id] = entry = triggers[part_id]
+            past.open_triggers.append(
+                OpenTrigger(part_id, str(entry["camera"]), int(entry["trigger_ns"]), entry.get("tag"))
+            )
+        return past
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any] | Record]:
+    """The lines of a segment; torn ones, as a power cut leaves them, are logged and skipped."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise ValueError("no object")
+                yield Record.from_dict(entry) if "verdict" in entry else entry
+            except (ValueError, DataError) as error:
+                logger.warning("%s:%d: not readable, skipped: %s", path, number, error)

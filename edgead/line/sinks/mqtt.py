@@ -1,0 +1,489 @@
+"""MQTT: records are stored in a queue on the disk first and published from there.
+
+Each record is one message of JSON with QoS 1 on a topic of its camera; results that came too late are on the
+topic .../late below it. On the topic of the line's status there is a retained "online" or "offline"; the
+broker says "offline" by itself (last will) when the line goes away without a word.
+
+While the broker is away records stay in the queue, also over restarts; they leave it in their order, each
+when the broker has acknowledged it. QoS 1 means at least once: what was under way when a connection broke, or
+when the process was killed, is sent again (with the DUP flag in the first case). At most `window` records
+are under way; with the default of 1 a receiver sees at most the last record twice. Each message carries its
+part_id, by which receivers can tell.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgead.errors import LineError
+from edgead.line.interfaces import Controls, Picture
+from edgead.line.sinks.payload import encode
+from edgead.line.verdicts import Record
+
+if TYPE_CHECKING:
+    from paho.mqtt.client import Client
+    from paho.mqtt.properties import Properties
+    from paho.mqtt.reasoncodes import ReasonCode
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = ("5", "3.1.1")
+RECONNECT_S = (1, 30)
+REMEMBERED_PARTS = 100_000
+_TURN_S = 1.0  # the sender also looks after the disk this often
+_REFUSED_PAUSE_S = 5.0
+_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS records (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        part_id INTEGER NOT NULL,
+        late INTEGER NOT NULL,
+        camera TEXT NOT NULL,
+        payload BLOB,  -- NULL: has left the queue
+        UNIQUE (part_id, late)
+    );
+    CREATE INDEX IF NOT EXISTS waiting ON records (seq) WHERE payload IS NOT NULL;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Publishes each record to an MQTT broker, through a queue on the disk.
+
+    Attributes:
+        host: Of the broker.
+        queue_file: The queue; its folder is made if need be.
+        port: Of the broker; usually 8883 with TLS.
+        topic: With {line} and {camera} in it. The status is where {camera} is replaced by "status".
+        version: Of the protocol: "5" or "3.1.1".
+        username: If the broker asks for one.
+        password_env: Environment variable that holds the password.
+        password_file: File whose first line is the password.
+        password: The password in clear; better give one of the two above.
+        tls: Whether to encrypt, and to verify the broker's certificate.
+        ca_file: Certificate of the authority that signed the broker's, if the system does not know it.
+        cert_file: Own certificate, if the broker asks for one; `key_file` is its key.
+        client_id: As the broker knows this line; one of its own for each start if empty.
+        keepalive_s: How often the connection is checked.
+        queue_max: Records that wait at most; after that the oldest is lost, and counted.
+        window: Records that are under way at most. More are quicker over slow connections.
+    """
+
+    host: str
+    queue_file: Path
+    port: int = 1883
+    topic: str = "edgead/{line}/{camera}"
+    version: str = "5"
+    username: str = ""
+    password_env: str = ""
+    password_file: Path | None = None
+    password: str = ""
+    tls: bool = False
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    client_id: str = ""
+    keepalive_s: int = 10
+    queue_max: int = 100_000
+    window: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.host or "://" in self.host:
+            raise LineError(f"host is {self.host!r}, expected a name or an address without mqtt://")
+        if not 1 <= self.port <= 65535:
+            raise LineError(f"port is {self.port}, expected 1 to 65535")
+        if self.version not in VERSIONS:
+            raise LineError(f'version is {self.version!r}, expected "5" or "3.1.1"')
+        try:
+            topic = self.topic.format(line="l", camera="c")
+        except (KeyError, IndexError, ValueError):
+            topic = ""
+        if not topic or set(topic) & set("+#\0") or topic.startswith("$"):
+            raise LineError(
+                f"topic is {self.topic!r}, expected text with {{line}} and {{camera}} in it, without + and #"
+            )
+        if bool(self.password_env) + bool(self.password_file) + bool(self.password) > 1:
+            raise LineError("give one of password_env, password_file and password")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise LineError("cert_file and key_file belong together: give both or none")
+        if not self.tls and (self.ca_file or self.cert_file):
+            raise LineError("ca_file and cert_file are for TLS: write tls = true")
+        if not 1 <= self.keepalive_s <= 65535:
+            raise LineError(f"keepalive_s is {self.keepalive_s}, expected 1 to 65535")
+        if self.queue_max < 1:
+            raise LineError(f"queue_max is {self.queue_max}, expected at least 1")
+        if not 1 <= self.window <= 100:
+            raise LineError(f"window is {self.window}, expected 1 to 100")
+
+
+def open_sink(config: Config, *, controls: Controls) -> MqttSink:
+    """Opens the queue and begins to connect. A broker that is away is no error: records wait.
+
+    Raises:
+        LineError: The queue cannot be opened, the password or a certificate cannot be read, or paho-mqtt
+            is not installed.
+    """
+    try:
+        import paho.mqtt.client  # noqa: F401
+    except ImportError as error:
+        raise LineError('MQTT needs the library paho-mqtt: pip install "edgead[line]"') from error
+    return MqttSink(config, line=str(controls.state()["name"]))
+
+
+class MqttSink:
+    """Implements `edgead.line.interfaces.Sink`.
+
+    Threads: the outlet's stores records; paho's talks to the broker; the sender hands records to paho and
+    takes them off the queue. paho's calls back under locks of its own and therefore only leaves notes.
+    """
+
+    wants_pictures = False
+
+    def __init__(self, config: Config, *, line: str) -> None:
+        self._config, self._line = config, line
+        self._queue = _Queue(config.queue_file, config.queue_max)
+        self._wake = threading.Event()
+        self._acknowledged: deque[tuple[int, ReasonCode]] = deque()  # message id, answer
+        self._under_way: dict[int, int] = {}  # message id -> seq
+        self._connected = self._ends = self._says_away = False
+        self._published = self._refused = self._connections = 0
+        self._resume_s = 0.0
+        try:
+            self._client = self._make_client()
+        except Exception:
+            self._queue.close()
+            raise
+        self._sender = threading.Thread(
+            target=self._send, name=f"edgead mqtt {config.host}", daemon=True
+        )
+        self._client.connect_async(config.host, config.port, config.keepalive_s)
+        self._client.loop_start()
+        self._sender.start()
+
+    def write(self, record: Record, picture: Picture | None) -> None:
+        """Stores the record."""
+        self._queue.add(record, is_late=False)
+        self._wake.set()
+
+    def write_late(self, record: Record) -> None:
+        """Stores a result that came too late."""
+        self._queue.add(record, is_late=True)
+        self._wake.set()
+
+    def knows(self, part_id: int) -> bool:
+        """Whether the record is in the queue, or among the last 100,000 that left it."""
+        return self._queue.knows(part_id)
+
+    def counters(self) -> dict[str, int]:
+        """connected: 1 or 0. queued: waiting on the disk. queue_dropped: lost since too many waited.
+
+        published: acknowledged by the broker. refused: answers of the broker that it does not take a record.
+        """
+        return {
+            "connected": int(self._connected),
+            "connections": self._connections,
+            "queued": self._queue.count,
+            "queue_dropped": self._queue.dropped,
+            "published": self._published,
+            "refused": self._refused,
+        }
+
+    def close(self) -> None:
+        """Sends what it can for half a second, says "offline", and closes the queue."""
+        if self._ends:
+            return
+        end_s = time.monotonic() + 0.5
+        while self._connected and self._queue.count and time.monotonic() < end_s:
+            time.sleep(0.01)
+        self._ends = True
+        self._wake.set()
+        self._sender.join(0.3)
+        if self._connected:
+            self._client.publish(self._status_topic, "offline", qos=1, retain=True)
+        self._client.disconnect()
+        # loop_stop waits for the thread, which may be in the middle of an attempt to connect
+        stopper = threading.Thread(target=self._client.loop_stop, daemon=True)
+        stopper.start()
+        stopper.join(0.3)
+        self._queue.close()
+
+    # --- the broker
+
+    @property
+    def _status_topic(self) -> str:
+        name = self._topic("status", is_late=False)
+        return name if "{camera}" in self._config.topic else f"{name}/status"
+
+    def _topic(self, camera: str, *, is_late: bool) -> str:
+        name = self._config.topic.format(line=_level(self._line), camera=_level(camera))
+        return f"{name}/late" if is_late else name
+
+    def _make_client(self) -> Client:
+        from paho.mqtt.client import Client, MQTTv5, MQTTv311
+        from paho.mqtt.enums import CallbackAPIVersion
+
+        config = self._config
+        client = Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=config.client_id or f"edgead-{secrets.token_hex(6)}",
+            protocol=MQTTv5 if config.version == "5" else MQTTv311,
+        )
+        if config.username:
+            client.username_pw_set(config.username, _password(config))
+        if config.tls:
+            files = (config.ca_file, config.cert_file, config.key_file)
+            for file in files:
+                if file is not None and not file.is_file():
+                    raise LineError(f"ca_file, cert_file, key_file: there is no file {file}")
+            try:
+                client.tls_set(*(None if file is None else str(file) for file in files))
+            except (OSError, ValueError) as error:  # an SSLError is an OSError
+                raise LineError(f"ca_file, cert_file, key_file: cannot be used: {error}") from error
+        client.will_set(self._status_topic, "offline", qos=1, retain=True)
+        client.max_inflight_messages_set(config.window + 1)  # and the status
+        client.reconnect_delay_set(*RECONNECT_S)
+        client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
+        client.on_disconnect = self._on_disconnect
+        client.on_publish = self._on_publish
+        return client
+
+    def _on_connect(self, client: Client, _: Any, __: Any, reason: ReasonCode, ___: Any) -> None:
+        if reason.is_failure:
+            self._say_away(f"refuses the connection: {reason}")
+            return
+        if self._says_away:
+            logger.info("%s is back", self._broker)
+        self._says_away, self._connected = False, True
+        self._connections += 1
+        client.publish(self._status_topic, "online", qos=1, retain=True)
+        self._wake.set()
+
+    def _on_connect_fail(self, *_: Any) -> None:
+        self._say_away("cannot be reached")
+
+    def _on_disconnect(self, _: Client, __: Any, ___: Any, reason: ReasonCode, ____: Any) -> None:
+        self._connected = False
+        if not self._ends:
+            self._say_away(f"has gone away: {reason}")
+
+    def _on_publish(self, _: Client, __: Any, number: int, reason: ReasonCode, ___: Properties) -> None:
+        self._acknowledged.append((number, reason))
+        self._wake.set()
+
+    def _say_away(self, what: str) -> None:
+        if not self._says_away:
+            logger.warning("%s %s; records wait in %s", self._broker, what, self._config.queue_file)
+        self._says_away = True
+
+    @property
+    def _broker(self) -> str:
+        return f"MQTT broker {self._config.host}:{self._config.port}"
+
+    # --- the sender
+
+    def _send(self) -> None:
+        next_turn_s = time.monotonic() + _TURN_S
+        while not self._ends:
+            self._wake.wait(_TURN_S)
+            self._wake.clear()
+            try:
+                self._take_acknowledged()
+                self._hand_over()
+                if time.monotonic() >= next_turn_s:
+                    next_turn_s = time.monotonic() + _TURN_S
+                    self._queue.sync()
+            except LineError as error:
+                logger.error("%s", error)
+                time.sleep(0.1)
+            except Exception:
+                logger.exception("%s: sender", self._broker)
+                time.sleep(0.1)
+        self._take_acknowledged()
+
+    def _take_acknowledged(self) -> None:
+        while self._acknowledged:
+            number, reason = self._acknowledged[0]
+            seq = self._under_way.get(number)
+            if seq is not None and reason.is_failure:
+                self._refused += 1
+                self._resume_s = time.monotonic() + _REFUSED_PAUSE_S
+                if self._refused == 1:
+                    logger.error("%s does not take records: %s; they wait", self._broker, reason)
+            elif seq is not None:
+                self._queue.remove(seq)
+                self._published += 1
+            self._under_way.pop(number, None)
+            self._acknowledged.popleft()
+
+    def _hand_over(self) -> None:
+        room = self._config.window - len(self._under_way)
+        if not self._connected or room <= 0 or time.monotonic() < self._resume_s:
+            return
+        for seq, camera, is_late, payload in self._queue.next(room, set(self._under_way.values())):
+            topic = self._topic(camera, is_late=is_late)
+            self._under_way[self._client.publish(topic, payload, qos=1).mid] = seq
+
+
+class _Queue:
+    """Records on the disk, in their order. Any thread.
+
+    Attributes:
+        count: Records that wait.
+        dropped: Records that were lost because too many waited.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        """Opens the file; one that is damaged is moved aside.
+
+        Raises:
+            LineError: It cannot be opened, or another process has it.
+        """
+        self._path, self._limit = path, limit
+        self._lock = threading.Lock()
+        self.dropped = 0
+        self._has_changed = self._says_full = False
+        self._keep: set[int] = set()  # under way, not to be dropped
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LineError(f"queue_file {path}: {error.strerror}") from error
+        with self._errors():
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError) or not path.is_file():
+                    raise
+                aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+                path.replace(aside)
+                logger.error("queue_file %s is damaged (%s) and is now %s", path, error, aside)
+                self._open()
+
+    def add(self, record: Record, *, is_late: bool) -> None:
+        """Puts a record at the end, or nothing if it was put there before.
+
+        Raises:
+            LineError: The disk is full or gone.
+        """
+        row = (record.part_id, is_late, record.camera, encode(record, is_late=is_late))
+        message = ""
+        with self._lock, self._errors(), self._database:
+            added = self._database.execute(
+                "INSERT OR IGNORE INTO records (part_id, late, camera, payload) VALUES (?, ?, ?, ?)", row
+            )
+            self.count += added.rowcount
+            self._has_changed = True
+            if self.count > self._limit:
+                message = self._drop()
+        if message:
+            logger.error("%s", message)
+
+    def next(self, count: int, under_way: set[int]) -> list[tuple[int, str, bool, bytes]]:
+        """The first `count` that are not under way: seq, camera, whether it is late, payload."""
+        with self._lock, self._errors():
+            rows = self._database.execute(
+                "SELECT seq, camera, late, payload FROM records WHERE payload IS NOT NULL"
+                " ORDER BY seq LIMIT ?",
+                (count + len(under_way),),
+            ).fetchall()
+            chosen = [row for row in rows if row[0] not in under_way][:count]
+            self._keep = under_way | {row[0] for row in chosen}
+        return [(seq, camera, bool(late), payload) for seq, camera, late, payload in chosen]
+
+    def remove(self, seq: int) -> None:
+        """Takes a record off; that it was there is remembered."""
+        with self._lock, self._errors(), self._database:
+            self._remove(seq)
+            if not self.count:
+                self._says_full = False
+
+    def knows(self, part_id: int) -> bool:
+        """Whether the record of a part was put there, not too long ago."""
+        with self._lock, self._errors():
+            query = "SELECT 1 FROM records WHERE part_id = ? AND NOT late"
+            return self._database.execute(query, (part_id,)).fetchone() is not None
+
+    def sync(self) -> None:
+        """Makes sure that a power cut takes nothing; forgets what left the queue long ago."""
+        with self._lock, self._errors():
+            if not self._has_changed:
+                return
+            self._has_changed = False
+            with self._database:
+                self._database.execute(
+                    "DELETE FROM records WHERE payload IS NULL"
+                    " AND seq <= (SELECT max(seq) FROM records) - ?",
+                    (REMEMBERED_PARTS,),
+                )
+            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def close(self) -> None:
+        """May be repeated."""
+        with self._lock, self._errors():
+            self._database.close()
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(self._path, timeout=0.2, check_same_thread=False)
+        try:
+            for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
+                self._database.execute(f"PRAGMA {pragma}")
+            self._database.executescript(_SCHEMA)
+            query = "SELECT count(*) FROM records WHERE payload IS NOT NULL"
+            self.count: int = self._database.execute(query).fetchone()[0]
+        except Exception:
+            self._database.close()
+            raise
+
+    def _remove(self, seq: int) -> None:
+        query = "UPDATE records SET payload = NULL WHERE seq = ? AND payload IS NOT NULL"
+        self.count -= self._database.execute(query, (seq,)).rowcount
+        self._has_changed = True
+
+    def _drop(self) -> str:
+        rows = self._database.execute(
+            "SELECT seq FROM records WHERE payload IS NOT NULL ORDER BY seq LIMIT ?",
+            (len(self._keep) + 1,),
+        ).fetchall()
+        self._remove(next(seq for (seq,) in rows if seq not in self._keep))
+        self.dropped += 1
+        if self._says_full:
+            return ""
+        self._says_full = True
+        return f"{self._path}: {self._limit} records wait: the oldest are dropped from now on"
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            what = "another process has it" if "locked" in str(error) else str(error)
+            raise LineError(f"queue_file {self._path}: {what}") from error
+
+
+def _password(config: Config) -> str | None:
+    if config.password_env:
+        password = os.environ.get(config.password_env)
+        if password is None:
+            raise LineError(f"password_env names the variable {config.password_env}, which is not set")
+        return password
+    if config.password_file is not None:
+        try:
+            return config.password_file.read_text("utf-8").partition("\n")[0]
+        except (OSError, UnicodeDecodeError) as error:
+            raise LineError(f"password_file {config.password_file}: {error}") from error
+    return config.password or None
+
+
+def _level(name: str) -> str:
+    """One level of a topic."""
+    return "".join("_" if character in "+#/\0" else character for character in name)

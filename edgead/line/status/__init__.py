@@ -1,0 +1,1 @@
+"""The status page: what the line sees and says, in a browser."""

@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgead.bundle import Bundle
+from edgead.errors import BackendError, BundleError, LineError
+from edgead.line import bundles
+from edgead.line import line as line_module
+from edgead.line.recipe import Inspection, SinkConfig
+from edgead.line.standin import StandIn
+from edgead.runtime.backend import Backend, Slot
+from tests.line.conftest import BAD, GOOD, Bench, image
+
+Start = Callable[..., Bench]
+
+
+class Moody(StandIn):
+    """A stand-in that waits at a gate, or fails as often as it is told to."""
+
+    def __init__(self, bundle: Bundle, gate: threading.Event, failures: list[int]) -> None:
+        super().__init__(bundle, 0)
+        self._gate, self._failures = gate, failures
+
+    def open_slot(self, batch: int = 1) -> Slot:
+        slot = super().open_slot(batch)
+        wait = slot.wait
+
+        def moody_wait() -> tuple[np.ndarray, np.ndarray]:
+            self._gate.wait()
+            if self._failures and self._failures[0] > 0:
+                self._failures[0] -= 1
+                raise BackendError("the device is gone")
+            return wait()
+
+        slot.wait = moody_wait  # type: ignore[method-assign]
+        return slot
+
+
+def gated(gate: threading.Event, failures: list[int] | None = None) -> Callable[[Bundle], Backend]:
+    return lambda bundle: Moody(bundle, gate, failures or [])
+
+
+@pytest.fixture
+def gate() -> Any:
+    """An open gate; it is opened again in the end, so that nobody is left waiting."""
+    event = threading.Event()
+    event.set()
+    yield event
+    event.set()
+
+
+def test_each_image_is_a_part_with_its_verdict(bench: Start) -> None:
+    here = bench()
+    for color in (GOOD, BAD, GOOD):
+        here.sources["top"].send(image(color))
+    here.sources["top"].send(None, problem="frame 4 was lost on the wire")
+    here.sources["top"].end()
+    records = here.records(4)
+    assert [record["part_id"] for record in records] == [1, 2, 3, 4]
+    assert [record["verdict"] for record in records] == ["OK", "NG", "OK", "NOT_INSPECTED"]
+    assert [record["reject"] for record in records] == [False, True, False, True]
+    first, second, _, lost = records
+    assert first["score"] < first["threshold"] == 0.4 <= second["score"]
+    assert second["reason"].startswith("score 1.4 >= threshold 0.4")
+    assert lost["reason"] == "frame 4 was lost on the wire" and lost["score"] is None
+    assert (first["camera"], first["source"], first["frame_id"]) == ("top", "told 1", 1)
+    assert first["bundle"] == "blob" and first["recipe"] == 0 and first["tag"] is None
+    latency = first["latency_ms"]
+    assert 0 <= latency["wait"] <= latency["wait"] + latency["infer"] <= latency["total"] + 1e-6
+    assert abs(first["trigger_ns"] - time.time_ns()) < 60e9
+    assert here.line.wait(20)
+
+
+def test_late_is_said_at_the_deadline_and_the_result_is_written_beside(
+    bench: Start, gate: threading.Event
+) -> None:
+    gate.clear()
+    here = bench({"top": {"deadline_ms": 60.0}}, open_model=gated(gate))
+    here.sources["top"].send(image(BAD))
+    (late,) = here.records(1)  # while the model still computes
+    assert late["verdict"] == "LATE" and late["reject"] and late["score"] is None
+    assert late["latency_ms"]["total"] >= 60
+    gate.set()
+    (result,) = here.records(1, late=True)
+    assert result["part_id"] == 1 and result["verdict"] == "LATE" and result["score"] > 0.4
+    assert len(here.records(1)) == 1
+    assert camera_state(here, "source")["late_results"] == 1
+
+
+def test_a_full_queue_is_said_and_counted(bench: Start, gate: threading.Event) -> None:
+    gate.clear()
+    here = bench({"top": {"queue": 2}}, open_model=gated(gate))
+    here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "open_parts") == 1 and camera_state(here, "queue") == 0)
+    for _ in range(5):
+        here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "source")["overflows"] == 3)
+    gate.set()
+    assert here.verdicts(6) == ["OK", "OK", "OK", *["NOT_INSPECTED"] * 3]
+    assert here.records(6)[3]["reason"].startswith("2 images were waiting already")
+
+
+def test_live_takes_the_newest(bench: Start, gate: threading.Event) -> None:
+    gate.clear()
+    here = bench({"top": {"grab": "live"}}, open_model=gated(gate))
+    here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "open_parts") == 1 and camera_state(here, "queue") == 0)
+    for _ in range(4):
+        here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "source")["superseded"] >= 3)
+    gate.set()
+    verdicts = here.verdicts(5)
+    assert verdicts[-1] == "OK" and verdicts.count("NOT_INSPECTED") == 3
+    assert any("newer image" in record["reason"] for record in here.records(5))
+
+
+def test_the_plc_triggers_and_images_find_their_parts(bench: Start) -> None:
+    here = bench({"top": {"trigger": "plc"}})
+    source = here.sources["top"]
+    source.send(image())  # nobody asked for this one
+    wait_for(lambda: camera_state(here, "source")["unexpected"] == 1)
+    assert [here.line.trigger("top", tag=tag) for tag in (70, 71, 72)] == [1, 2, 3]
+    source.send(image(BAD))
+    source.send(None, problem="lost")
+    source.send(image(GOOD))
+    records = here.records(3)
+    assert [(r["tag"], r["verdict"]) for r in records] == [(70, "NG"), (71, "NOT_INSPECTED"), (72, "OK")]
+    assert source.fired == 3
+
+
+def test_a_trigger_whose_image_never_comes_is_late_and_takes_no_image_of_another(bench: Start) -> None:
+    here = bench({"top": {"trigger": "plc", "deadline_ms": 50.0, "image_timeout_ms": 100.0}})
+    here.line.trigger("top", tag=1)
+    assert here.verdicts(1) == ["LATE"]
+    time.sleep(0.12)
+    here.line.trigger("top", tag=2)
+    here.sources["top"].send(image(BAD))
+    assert [(r["tag"], r["verdict"]) for r in here.records(2)] == [(1, "LATE"), (2, "NG")]
+
+
+def test_a_camera_that_refuses_the_trigger(bench: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = bench({"top": {"trigger": "plc"}})
+
+    def refuse() -> None:
+        raise LineError("no connection")
+
+    monkeypatch.setattr(here.sources["top"], "fire", refuse)
+    here.line.trigger("top")
+    (record,) = here.records(1)
+    assert record["verdict"] == "NOT_INSPECTED"
+    assert record["reason"] == "the camera was not triggered: no connection"
+
+
+def test_controls_refuse_what_there_is_not(bench: Start) -> None:
+    line = bench().line
+    with pytest.raises(LineError, match="there is no camera 'side': top"):
+        line.trigger("side")
+    with pytest.raises(LineError, match="its images are its triggers"):
+        line.trigger("top")
+    with pytest.raises(LineError, match="has no recipe 1: 0 to 0"):
+        line.select_recipe("top", 1)
+    with pytest.raises(LineError, match="expected a finite number"):
+        line.set_threshold("top", float("nan"))
+
+
+def test_a_recipe_switch_holds_for_triggers_from_then_on(
+    bench: Start, gate: threading.Event, tiny_bundle: Path
+) -> None:
+    gate.clear()
+    strict = Inspection(bundle=tiny_bundle, threshold=-5.0)
+    recipes = (Inspection(bundle=tiny_bundle), strict)
+    here = bench({"top": {"recipes": recipes}}, open_model=gated(gate))
+    here.sources["top"].send(image())
+    here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "open_parts") == 2)
+    here.line.select_recipe("top", 1)
+    here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "open_parts") == 3)
+    gate.set()
+    records = here.records(3)
+    assert [(r["recipe"], r["verdict"]) for r in records] == [(0, "OK"), (0, "OK"), (1, "NG")]
+    here.line.set_threshold("top", 9.0)
+    here.sources["top"].send(image(BAD))
+    assert here.records(4)[3]["threshold"] == 9.0
+
+
+def test_a_region_is_inspected_alone(bench: Start, tiny_bundle: Path) -> None:
+    """Only the region's first pixel is red: the stand-in sees it, so the region was cut out."""
+    recipe = Inspection(bundle=tiny_bundle, roi_px=(10, 20, 64, 64))
+    here = bench({"top": {"recipes": (recipe,)}})
+    big = image(GOOD, side_px=128)
+    big[20, 10] = BAD
+    here.sources["top"].send(big)
+    here.sources["top"].send(image())
+    first, second = here.records(2)
+    assert first["verdict"] == "NG"
+    assert second["verdict"] == "NOT_INSPECTED" and "does not fit into this image" in second["reason"]
+
+
+def test_an_image_that_is_none_is_an_error_of_its_part_alone(bench: Start) -> None:
+    here = bench()
+    here.sources["top"].send(np.zeros((4, 4), np.float32))
+    here.sources["top"].send(image())
+    first, second = here.records(2)
+    assert first["verdict"] in ("ERROR", "NOT_INSPECTED") and first["reject"]
+    assert second["verdict"] == "OK"
+
+
+def test_a_model_that_fails_for_good_is_loaded_again(
+    bench: Start, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The executor opens it again once, then gives up; then the line loads the bundle anew."""
+    monkeypatch.setattr(bundles, "BACKOFF_S", (0.05, 0.05))
+    here = bench(open_model=gated(gate, [2]))
+    sent = 0
+    while "OK" not in here.verdicts(sent):
+        here.sources["top"].send(image())
+        sent += 1
+        here.records(sent)
+        assert sent < 200
+    verdicts = here.verdicts(sent)
+    assert set(verdicts) == {"ERROR", "OK"}
+    assert here.line.state()["ready"]
+
+
+def test_a_model_that_hangs_is_given_up_and_loaded_again(bench: Start, tiny_bundle: Path) -> None:
+    gates = [threading.Event(), threading.Event()]
+    gates[1].set()
+    opened = iter(gates)
+    here = bench(open_model=lambda bundle: Moody(bundle, next(opened), []), stall_s=0.5)
+    here.sources["top"].send(image())
+    wait_for(lambda: (here.line.check() or here.verdicts(0)) == ["ERROR"])
+    assert here.records(1)[0]["reason"] == "the model hangs" and here.line.has_hung
+    wait_for(lambda: here.line.state()["ready"])
+    here.sources["top"].send(image(BAD))
+    assert here.verdicts(2)[1] == "NG"
+    gates[0].set()  # what the old one says now is not heard
+    time.sleep(0.1)
+    assert len(here.records(2)) == 2
+
+
+def test_a_bundle_is_swapped_under_load_without_losing_a_part(
+    bench: Start, tiny: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    here = bench({"top": {"queue": 500}}, model_ms=2)
+    new = tiny.write(tmp_path / "new.edgead", name="renewed")
+    for number in range(200):
+        here.sources["top"].send(image())
+        if number == 80:
+            here.line.swap(tiny_bundle, new)
+        time.sleep(0.002)
+    records = here.records(200)
+    assert [record["verdict"] for record in records] == ["OK"] * 200
+    assert [record["part_id"] for record in records] == list(range(1, 201))
+    assert records[0]["bundle"] == "blob" and records[-1]["bundle"] == "renewed"
+
+
+def test_a_bundle_that_does_not_verify_does_not_take_over(
+    bench: Start, tiny: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    class Wrong(StandIn):
+        def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            answers = super().infer(inputs)
+            return answers | {"score": answers["score"] + 10}
+
+    here = bench(open_model=lambda b: Wrong(b, 0) if b.manifest.name == "wrong" else StandIn(b, 0))
+    damaged = tmp_path / "damaged.edgead"
+    damaged.write_bytes(tiny_bundle.read_bytes()[:-100])
+    with pytest.raises(BundleError):
+        here.line.swap(tiny_bundle, damaged)
+    wrong = tiny.write(tmp_path / "wrong.edgead", name="wrong")
+    with pytest.raises(LineError, match="not taken: on this device .* verdicts differ"):
+        here.line.swap(tiny_bundle, wrong)
+    with pytest.raises(LineError, match="no recipe of this line uses"):
+        here.line.swap(damaged, tiny_bundle)
+    here.sources["top"].send(image())
+    assert here.records(1)[0]["bundle"] == "blob"
+
+
+def test_no_camera_starves_when_there_is_too_much_to_do(bench: Start) -> None:
+    """One camera with short deadlines could keep the model busy by itself."""
+    cameras = {
+        "quick": {"deadline_ms": 25.0, "queue": 100},
+        "slow": {"deadline_ms": 200.0, "queue": 100},
+    }
+    here = bench(cameras, model_ms=10)
+    for _ in range(80):
+        here.sources["quick"].send(image())
+        here.sources["slow"].send(image())
+        time.sleep(0.010)
+    counts = {"quick": 0, "slow": 0}
+    for record in here.records(160):
+        counts[record["camera"]] += record["verdict"] == "OK"
+    assert min(counts.values()) >= 8, counts
+
+
+class Stuck:
+    """A sink whose writes wait for a gate."""
+
+    wants_pictures = False
+
+    def __init__(self, gate: threading.Event) -> None:
+        self._gate = gate
+
+    def write(self, record: object, picture: object) -> None:
+        self._gate.wait()
+
+    def write_late(self, record: object) -> None: ...
+
+    def knows(self, part_id: int) -> bool:
+        return True
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def test_a_sink_that_hangs_delays_nobody(bench: Start, gate: threading.Event) -> None:
+    from edgead.line.assembly import open_sink
+
+    gate.clear()
+    here = bench(
+        {"top": {"deadline_ms": 1000.0}},
+        sinks=(SinkConfig("stuck", "stuck", None),),
+        sink=lambda c, controls: Stuck(gate) if c.kind == "stuck" else open_sink(c, controls),
+    )
+    for _ in range(50):
+        here.sources["top"].send(image())
+        time.sleep(0.004)
+    assert here.verdicts(50) == ["OK"] * 50
+    assert here.line.state()["sinks"]["stuck"]["waiting"] == 50
+
+
+def test_a_source_that_fails_is_opened_again(bench: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_module, "REOPEN_BACKOFF_S", (0.01, 0.01))
+    here = bench({"top": {"kind": "opencv"}})
+    here.sources["top"].send(image())
+    here.sources["top"].fail(RuntimeError("a fault of the driver"))
+    here.sources["top"].send(image())  # `close` was called: the queue also holds an end
+    assert here.verdicts(1) == ["OK"]
+    wait_for(lambda: not here.line.failures)
+
+
+def test_stop_gives_every_part_a_verdict_and_is_quick(bench: Start, gate: threading.Event) -> None:
+    gate.clear()
+    here = bench(open_model=gated(gate))
+    for _ in range(5):
+        here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "open_parts") == 5)
+    start_s = time.monotonic()
+    assert here.line.stop(0.3) == {"results": 0}
+    assert time.monotonic() - start_s < 10
+    assert here.verdicts(5) == ["ERROR"] * 5
+    assert here.line.stop() == {}
+
+
+def test_a_new_process_goes_on_where_the_last_one_was_killed(
+    bench: Start, gate: threading.Event, tmp_path: Path
+) -> None:
+    """The journal as a crash leaves it: two parts open, and the last verdict not in the results."""
+    gate.clear()
+    here = bench(open_model=gated(gate))
+    for _ in range(3):
+        here.sources["top"].send(image())
+    wait_for(lambda: camera_state(here, "open_parts") == 3)
+    shutil.copytree(tmp_path / "journal", tmp_path / "copy")
+    gate.set()
+    here.records(3)
+    here.line.stop(0.5)
+    shutil.rmtree(tmp_path / "journal")
+    shutil.copytree(tmp_path / "copy", tmp_path / "journal")
+    here.results.unlink()
+
+    again = bench()
+    again.sources["top"].send(image())
+    records = again.records(4)
+    assert [(r["part_id"], r["verdict"]) for r in records] == [
+        (1, "ERROR"),
+        (2, "ERROR"),
+        (3, "ERROR"),
+        (4, "OK"),
+    ]
+    assert records[0]["reason"] == "the line went down before its answer"
+
+
+def camera_state(here: Bench, name: str) -> Any:
+    return here.line.state()["cameras"]["top"][name]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s, "waited for 20 s"
+        time.sleep(0.01)
