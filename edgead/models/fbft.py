@@ -31,10 +31,11 @@ from edgead.errors import TrainingError
 from edgead.models import vit
 from edgead.models.base import AnomalyModel
 from edgead.models.files import WeightsInfo, read_state_dict
-from edgead.models.folding import normalise, set_precision
+from edgead.models.folding import set_precision
 from edgead.models.maps import as_weight, bilinear_matrix, both_axes
+from edgead.models.remembered import Remembered
 from edgead.models.resnet import NAMES
-from edgead.models.taps import PDN_TAPS, Backbone
+from edgead.models.taps import PDN_TAPS, Backbone, ViTBackbone
 
 if TYPE_CHECKING:
     from edgead.training.session import Session
@@ -104,31 +105,6 @@ class FbftConfig:
             )
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise TrainingError(f"--learning-rate {self.learning_rate}: a number above 0 is needed")
-
-
-class ViTBackbone(nn.Module):
-    """A vision transformer that answers as `Backbone` does, for square images of one size.
-
-    Raises:
-        TrainingError: the side is no multiple of 14 px.
-    """
-
-    def __init__(self, network: vit.ViT, taps: Sequence[int], image_px: int) -> None:
-        super().__init__()
-        sizes = {config: f"vit-{size}" for size, config in vit.CONFIGS.items()}
-        self.kind, self.taps = sizes[network.config], tuple(taps)
-        self.network = network
-        network.for_size(image_px)
-        # The positions for this size are made of weights that may come later.
-        self.register_load_state_dict_post_hook(lambda module, _: module.network.for_size(image_px))
-        self.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps float32 [N, dim, cells, cells] of images uint8 or float [N, 3, side, side]."""
-        return self.network.features(normalise(images), self.taps)
-
-    def merged(self, dtype: torch.dtype) -> vit.MergedViT:
-        return self.network.merged(dtype, self.taps)
 
 
 class Transfer(nn.Module):
@@ -377,7 +353,10 @@ class Trainer:
         def state() -> dict[str, Any]:
             return {"transfer": transfer.state_dict(), "optimizer": optimizer.state_dict()}
 
-        features = Features(self.model.backbone, session, config.teacher_cache_mib)
+        def levels(index: int) -> list[Tensor]:
+            return self.model.backbone(session.batch([index]))  # float32, as it will be exported
+
+        features = Remembered(levels, count, session.device, config.teacher_cache_mib)
         session.begin()
         while session.fraction_done() < 1:
             epoch, batch = divmod(session.step, per_epoch)
@@ -393,31 +372,3 @@ class Trainer:
             session.record(dict(zip(names, torch.stack(losses).tolist(), strict=True)))
             session.keep(state)
         self.record["fit"] = {"learning_rate": rate, "epochs": round(session.step / per_epoch, 2)}
-
-
-class Features:
-    """Both layers' features of the training images; in FP16 as far as the cache reaches.
-
-    They are computed in float32, as they will be when the run is calibrated and exported.
-    """
-
-    def __init__(self, backbone: nn.Module, session: Session, cache_mib: int) -> None:
-        self._backbone, self._session = backbone, session
-        self._kept: list[list[Tensor]] = []
-        free = cache_mib << 20
-        for index in range(len(session.images)):
-            levels = self._levels(index)
-            free -= sum(level.nbytes for level in levels)
-            if free < 0:
-                break
-            self._kept.append(levels)
-
-    def __call__(self, chosen: Sequence[int] | np.ndarray) -> list[Tensor]:
-        """float32 [N, C, h, w] of the earlier and of the later layer."""
-        each = (self._kept[i] if i < len(self._kept) else self._levels(i) for i in map(int, chosen))
-        return [torch.cat(level).to(self._session.device).float() for level in zip(*each, strict=True)]
-
-    @torch.no_grad()
-    def _levels(self, index: int) -> list[Tensor]:
-        image = torch.from_numpy(self._session.images[index][None]).to(self._session.device)
-        return [level.half().cpu() for level in self._backbone(image.permute(0, 3, 1, 2))]

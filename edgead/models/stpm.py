@@ -26,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from edgead.errors import TrainingError
 from edgead.models.base import AnomalyModel
+from edgead.models.remembered import Remembered
 from edgead.models.taps import PDN_TAPS, Backbone
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class Trainer:
             student = model.student.state_dict()
             return {"student": student, "optimizer": optimizer.state_dict(), "best": best}
 
-        targets = Targets(model.teacher, session, config.teacher_cache_mib)
+        targets = directions(model.teacher, session, config.teacher_cache_mib)
         session.begin()
         while session.fraction_done() < 1:
             epoch, batch = divmod(session.step, per_epoch)
@@ -283,7 +284,7 @@ class Trainer:
             chosen = order[batch * size : (batch + 1) * size]
             model.train()
             with session.autocast():
-                features = model.student(targets.images(chosen))
+                features = model.student(session.batch(chosen))
             losses = [level.mean() for level in level_distances(targets(chosen), features)]
             optimizer.zero_grad(set_to_none=True)
             torch.stack(losses).sum().backward()
@@ -303,40 +304,20 @@ class Trainer:
         }
 
 
-class Targets:
-    """The teacher's normalised features of the training images; in FP16 as far as the cache reaches."""
+def directions(teacher: Backbone, session: Session, cache_mib: int) -> Remembered:
+    """The teacher's features of the training images, of length 1."""
 
-    def __init__(self, teacher: Backbone, session: Session, cache_mib: int) -> None:
-        self._teacher, self._session = teacher, session
-        self._kept: list[list[Tensor]] = []
-        free = cache_mib << 20
-        for index in range(len(session.images)):
-            levels = self._levels(index)
-            free -= sum(level.nbytes for level in levels)
-            if free < 0:
-                break
-            self._kept.append(levels)
+    def levels(index: int) -> list[Tensor]:
+        with session.autocast():
+            found = teacher(session.batch([index]))
+        return [unit(level) for level in found]
 
-    def images(self, chosen: Sequence[int] | np.ndarray) -> Tensor:
-        """uint8 [N, 3, 256, 256]."""
-        batch = np.stack([self._session.images[int(index)] for index in chosen])
-        return torch.from_numpy(batch).to(self._session.device).permute(0, 3, 1, 2)
-
-    def __call__(self, chosen: Sequence[int] | np.ndarray) -> list[Tensor]:
-        """float32 [N, C, h, w] for each level."""
-        each = (self._kept[i] if i < len(self._kept) else self._levels(i) for i in map(int, chosen))
-        return [torch.cat(level).to(self._session.device).float() for level in zip(*each, strict=True)]
-
-    @torch.no_grad()
-    def _levels(self, index: int) -> list[Tensor]:
-        with self._session.autocast():
-            levels = self._teacher(self.images([index]))
-        return [unit(level).half().cpu() for level in levels]
+    return Remembered(levels, len(session.images), session.device, cache_mib)
 
 
 @torch.no_grad()
 def better(
-    best: dict[str, Any], model: STPM, targets: Targets, held_out: np.ndarray, session: Session
+    best: dict[str, Any], model: STPM, targets: Remembered, held_out: np.ndarray, session: Session
 ) -> dict[str, Any]:
     """The student as it is now, if the mean of its validation maps is the lowest so far, else `best`."""
     model.eval()
@@ -345,7 +326,7 @@ def better(
     for first in range(0, len(held_out), size):
         chosen = held_out[first : first + size]
         with session.autocast():
-            features = model.student(targets.images(chosen))
+            features = model.student(session.batch(chosen))
         maps = model.product(level_distances(targets(chosen), features))
         total += float(maps.double().mean(dim=(1, 2)).sum())
     mean = total / len(held_out)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgead.errors import WeightsError
+from edgead.models import vit
 from edgead.models.efficientad import extended
 from edgead.models.files import (
     WeightsInfo,
@@ -23,7 +24,7 @@ from edgead.models.files import (
     read_state_dict,
     shipped_teacher,
 )
-from edgead.models.folding import IMAGENET_MEAN, IMAGENET_STD, set_precision
+from edgead.models.folding import IMAGENET_MEAN, IMAGENET_STD, normalise, set_precision
 from edgead.models.mobilenet import MobileNetV2
 from edgead.models.pdn import PDN
 from edgead.models.resnet import NAMES, ResNet
@@ -128,6 +129,31 @@ class MergedBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.backbone._levels((x - self.mean).to(self.dtype))
+
+
+class ViTBackbone(nn.Module):
+    """A vision transformer that answers as `Backbone` does, for square images of one size.
+
+    Raises:
+        TrainingError: the side is no multiple of 14 px.
+    """
+
+    def __init__(self, network: vit.ViT, taps: Sequence[int], image_px: int) -> None:
+        super().__init__()
+        sizes = {config: f"vit-{size}" for size, config in vit.CONFIGS.items()}
+        self.kind, self.taps = sizes[network.config], tuple(taps)
+        self.network = network
+        network.for_size(image_px)
+        # The positions for this size are made of weights that may come later.
+        self.register_load_state_dict_post_hook(lambda module, _: module.network.for_size(image_px))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps float32 [N, dim, cells, cells] of images uint8 or float [N, 3, side, side]."""
+        return self.network.features(normalise(images), self.taps)
+
+    def merged(self, dtype: torch.dtype) -> vit.MergedViT:
+        return self.network.merged(dtype, self.taps)
 
 
 def _network(kind: str, taps: tuple[str, ...]) -> MobileNetV2 | ResNet | PDN:

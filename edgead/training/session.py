@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ class Session:
     def begin(self) -> None:
         """The clock starts here: what was prepared before does not count as training."""
         self._start = self._saved = time.monotonic()
+
+    def batch(self, chosen: Iterable[int]) -> torch.Tensor:
+        """Training images by their numbers, uint8 [N, 3, h, w] on the device."""
+        pixels = np.stack([self.images[int(index)] for index in chosen])
+        return torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
 
     def lasts(self, steps: int) -> None:
         """How many steps the run has where its config does not say."""

@@ -25,9 +25,9 @@ from edgead.models.stpm import (
     TAPS,
     ConvNorm,
     StpmConfig,
-    Targets,
     Trainer,
     better,
+    directions,
     level_distances,
     split,
 )
@@ -354,11 +354,11 @@ def session(images: Tensor, folder: Path) -> Session:
 def test_features_from_the_cache_are_those_computed_anew(images: Tensor, tmp_path: Path) -> None:
     """0.3 MiB each: in 0, 1 of 2 and all; and they are the teacher's directions within FP16."""
     teacher, here = make_teacher("mobilenet_v2"), session(images, tmp_path)
-    many, one, none = (Targets(teacher, here, mib) for mib in (8, 0, 0))
+    many, one, none = (directions(teacher, here, mib) for mib in (8, 0, 0))
     one._kept = many._kept[:1]
     assert (len(many._kept), len(none._kept)) == (2, 0)
-    directions = [nn.functional.normalize(level, dim=1) for level in teacher(images.flip(0))]
-    for a, b, c, expected in zip(many([1, 0]), one([1, 0]), none([1, 0]), directions, strict=True):
+    expected_levels = [nn.functional.normalize(level, dim=1) for level in teacher(images.flip(0))]
+    for a, b, c, expected in zip(many([1, 0]), one([1, 0]), none([1, 0]), expected_levels, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b) and torch.equal(a, c)
         assert float((a - expected).abs().max()) < 0.02  # bf16 where the processor has it
 
@@ -366,7 +366,7 @@ def test_features_from_the_cache_are_those_computed_anew(images: Tensor, tmp_pat
 def test_the_lowest_validation_maps_win(images: Tensor, tmp_path: Path) -> None:
     here = session(images, tmp_path)
     good, worse = make_model("mobilenet_v2", noise=0.02), make_model("mobilenet_v2", noise=0.1)
-    targets, held_out = Targets(good.teacher, here, 8), np.array([0, 1])
+    targets, held_out = directions(good.teacher, here, 8), np.array([0, 1])
     first = better({}, worse, targets, held_out, here)
     here.step = 7
     second = better(first, good, targets, held_out, here)

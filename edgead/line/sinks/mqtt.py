@@ -1,14 +1,14 @@
 """MQTT: records are stored in a queue on the disk first and published from there.
 
-Each record is one message of JSON with QoS 1 on a topic of its camera; results that came too late are on the
+Each record is one message of JSON with QoS 1 on a topic of its camera; what came too late is on the
 topic .../late below it. On the topic of the line's status there is a retained "online" or "offline"; the
 broker says "offline" by itself (last will) when the line goes away without a word.
 
-While the broker is away records stay in the queue, also over restarts; they leave it in their order, each
-when the broker has acknowledged it. QoS 1 means at least once: what was under way when a connection broke, or
-when the process was killed, is sent again (with the DUP flag in the first case). At most `window` records
-are under way; with the default of 1 a receiver sees at most the last record twice. Each message carries its
-part_id, by which receivers can tell.
+While the broker is away records stay in the queue, also over restarts; they leave it in their order,
+each when the broker has acknowledged it. QoS 1 means at least once: what was under way when a connection
+broke or the process was killed is sent again (with the DUP flag in the first case). At most `window`
+records are under way; with the default of 1 a receiver sees at most the last record twice. Each message
+carries its part_id, by which receivers can tell.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sqlite3
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgead.errors import LineError
 from edgead.line.interfaces import Controls, Picture
-from edgead.line.sinks.payload import encode
+from edgead.line.sinks.disk_queue import DiskQueue
 from edgead.line.verdicts import Record
 
 if TYPE_CHECKING:
@@ -40,20 +38,8 @@ logger = logging.getLogger(__name__)
 
 VERSIONS = ("5", "3.1.1")
 RECONNECT_S = (1, 30)
-REMEMBERED_PARTS = 100_000
 _TURN_S = 1.0  # the sender also looks after the disk this often
 _REFUSED_PAUSE_S = 5.0
-_SCHEMA = """
-    CREATE TABLE IF NOT EXISTS records (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        part_id INTEGER NOT NULL,
-        late INTEGER NOT NULL,
-        camera TEXT NOT NULL,
-        payload BLOB,  -- NULL: has left the queue
-        UNIQUE (part_id, late)
-    );
-    CREATE INDEX IF NOT EXISTS waiting ON records (seq) WHERE payload IS NOT NULL;
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +86,10 @@ class Config:
     def __post_init__(self) -> None:
         if not self.host or "://" in self.host:
             raise LineError(f"host is {self.host!r}, expected a name or an address without mqtt://")
+        try:
+            self.host.encode("idna")
+        except UnicodeError as error:
+            raise LineError(f"host is {self.host!r}, which is no name of a computer: {error}") from error
         if not 1 <= self.port <= 65535:
             raise LineError(f"port is {self.port}, expected 1 to 65535")
         if self.version not in VERSIONS:
@@ -110,7 +100,7 @@ class Config:
             topic = ""
         if not topic or set(topic) & set("+#\0") or topic.startswith("$"):
             raise LineError(
-                f"topic is {self.topic!r}, expected text with {{line}} and {{camera}} in it, without + and #"
+                f"topic is {self.topic!r}, expected text like edgead/{{line}}/{{camera}} without + and #"
             )
         if bool(self.password_env) + bool(self.password_file) + bool(self.password) > 1:
             raise LineError("give one of password_env, password_file and password")
@@ -137,21 +127,25 @@ def open_sink(config: Config, *, controls: Controls) -> MqttSink:
         import paho.mqtt.client  # noqa: F401
     except ImportError as error:
         raise LineError('MQTT needs the library paho-mqtt: pip install "edgead[line]"') from error
+    if "status" in controls.cameras and "{camera}" in config.topic:
+        raise LineError(
+            "topic: the camera named status would share its topic with the status of the line"
+        )
     return MqttSink(config, line=str(controls.state()["name"]))
 
 
 class MqttSink:
     """Implements `edgead.line.interfaces.Sink`.
 
-    Threads: the outlet's stores records; paho's talks to the broker; the sender hands records to paho and
-    takes them off the queue. paho's calls back under locks of its own and therefore only leaves notes.
+    Threads: the outlet's stores records; paho's talks to the broker; the sender hands records to paho
+    and takes them off the queue. paho's calls back under locks of its own, so it only leaves notes.
     """
 
     wants_pictures = False
 
     def __init__(self, config: Config, *, line: str) -> None:
         self._config, self._line = config, line
-        self._queue = _Queue(config.queue_file, config.queue_max)
+        self._queue = DiskQueue(config.queue_file, config.queue_max)
         self._wake = threading.Event()
         self._acknowledged: deque[tuple[int, ReasonCode]] = deque()  # message id, answer
         self._under_way: dict[int, int] = {}  # message id -> seq
@@ -187,7 +181,7 @@ class MqttSink:
     def counters(self) -> dict[str, int]:
         """connected: 1 or 0. queued: waiting on the disk. queue_dropped: lost since too many waited.
 
-        published: acknowledged by the broker. refused: answers of the broker that it does not take a record.
+        published: acknowledged by the broker. refused: times that it did not take a record.
         """
         return {
             "connected": int(self._connected),
@@ -233,6 +227,13 @@ class MqttSink:
         from paho.mqtt.enums import CallbackAPIVersion
 
         config = self._config
+
+        def _file(key: str) -> str | None:
+            path: Path | None = getattr(config, key)
+            if path is not None and not path.is_file():
+                raise LineError(f"{key}: there is no file {path}")
+            return None if path is None else str(path)
+
         client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=config.client_id or f"edgead-{secrets.token_hex(6)}",
@@ -241,12 +242,9 @@ class MqttSink:
         if config.username:
             client.username_pw_set(config.username, _password(config))
         if config.tls:
-            files = (config.ca_file, config.cert_file, config.key_file)
-            for file in files:
-                if file is not None and not file.is_file():
-                    raise LineError(f"ca_file, cert_file, key_file: there is no file {file}")
+            ca, cert, key = map(_file, ("ca_file", "cert_file", "key_file"))
             try:
-                client.tls_set(*(None if file is None else str(file) for file in files))
+                client.tls_set(ca, cert, key)
             except (OSError, ValueError) as error:  # an SSLError is an OSError
                 raise LineError(f"ca_file, cert_file, key_file: cannot be used: {error}") from error
         client.will_set(self._status_topic, "offline", qos=1, retain=True)
@@ -270,7 +268,7 @@ class MqttSink:
         self._wake.set()
 
     def _on_connect_fail(self, *_: Any) -> None:
-        self._say_away("cannot be reached")
+        self._say_away(f"cannot be reached ({sys.exc_info()[1]})")  # paho is in its except clause
 
     def _on_disconnect(self, _: Client, __: Any, ___: Any, reason: ReasonCode, ____: Any) -> None:
         self._connected = False
@@ -293,23 +291,25 @@ class MqttSink:
     # --- the sender
 
     def _send(self) -> None:
-        next_turn_s = time.monotonic() + _TURN_S
+        next_turn_s, has_failed = time.monotonic() + _TURN_S, False
         while not self._ends:
             self._wake.wait(_TURN_S)
             self._wake.clear()
             try:
                 self._take_acknowledged()
-                self._hand_over()
+                if not self._ends:
+                    self._hand_over()
                 if time.monotonic() >= next_turn_s:
                     next_turn_s = time.monotonic() + _TURN_S
                     self._queue.sync()
-            except LineError as error:
-                logger.error("%s", error)
+                has_failed = False
+            except Exception as error:
+                if not has_failed:
+                    logger.error(
+                        "%s: %s", self._broker, error, exc_info=not isinstance(error, LineError)
+                    )
+                has_failed = True
                 time.sleep(0.1)
-            except Exception:
-                logger.exception("%s: sender", self._broker)
-                time.sleep(0.1)
-        self._take_acknowledged()
 
     def _take_acknowledged(self) -> None:
         while self._acknowledged:
@@ -333,141 +333,6 @@ class MqttSink:
         for seq, camera, is_late, payload in self._queue.next(room, set(self._under_way.values())):
             topic = self._topic(camera, is_late=is_late)
             self._under_way[self._client.publish(topic, payload, qos=1).mid] = seq
-
-
-class _Queue:
-    """Records on the disk, in their order. Any thread.
-
-    Attributes:
-        count: Records that wait.
-        dropped: Records that were lost because too many waited.
-    """
-
-    def __init__(self, path: Path, limit: int) -> None:
-        """Opens the file; one that is damaged is moved aside.
-
-        Raises:
-            LineError: It cannot be opened, or another process has it.
-        """
-        self._path, self._limit = path, limit
-        self._lock = threading.Lock()
-        self.dropped = 0
-        self._has_changed = self._says_full = False
-        self._keep: set[int] = set()  # under way, not to be dropped
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LineError(f"queue_file {path}: {error.strerror}") from error
-        with self._errors():
-            try:
-                self._open()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError) or not path.is_file():
-                    raise
-                aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-                path.replace(aside)
-                logger.error("queue_file %s is damaged (%s) and is now %s", path, error, aside)
-                self._open()
-
-    def add(self, record: Record, *, is_late: bool) -> None:
-        """Puts a record at the end, or nothing if it was put there before.
-
-        Raises:
-            LineError: The disk is full or gone.
-        """
-        row = (record.part_id, is_late, record.camera, encode(record, is_late=is_late))
-        message = ""
-        with self._lock, self._errors(), self._database:
-            added = self._database.execute(
-                "INSERT OR IGNORE INTO records (part_id, late, camera, payload) VALUES (?, ?, ?, ?)", row
-            )
-            self.count += added.rowcount
-            self._has_changed = True
-            if self.count > self._limit:
-                message = self._drop()
-        if message:
-            logger.error("%s", message)
-
-    def next(self, count: int, under_way: set[int]) -> list[tuple[int, str, bool, bytes]]:
-        """The first `count` that are not under way: seq, camera, whether it is late, payload."""
-        with self._lock, self._errors():
-            rows = self._database.execute(
-                "SELECT seq, camera, late, payload FROM records WHERE payload IS NOT NULL"
-                " ORDER BY seq LIMIT ?",
-                (count + len(under_way),),
-            ).fetchall()
-            chosen = [row for row in rows if row[0] not in under_way][:count]
-            self._keep = under_way | {row[0] for row in chosen}
-        return [(seq, camera, bool(late), payload) for seq, camera, late, payload in chosen]
-
-    def remove(self, seq: int) -> None:
-        """Takes a record off; that it was there is remembered."""
-        with self._lock, self._errors(), self._database:
-            self._remove(seq)
-            if not self.count:
-                self._says_full = False
-
-    def knows(self, part_id: int) -> bool:
-        """Whether the record of a part was put there, not too long ago."""
-        with self._lock, self._errors():
-            query = "SELECT 1 FROM records WHERE part_id = ? AND NOT late"
-            return self._database.execute(query, (part_id,)).fetchone() is not None
-
-    def sync(self) -> None:
-        """Makes sure that a power cut takes nothing; forgets what left the queue long ago."""
-        with self._lock, self._errors():
-            if not self._has_changed:
-                return
-            self._has_changed = False
-            with self._database:
-                self._database.execute(
-                    "DELETE FROM records WHERE payload IS NULL"
-                    " AND seq <= (SELECT max(seq) FROM records) - ?",
-                    (REMEMBERED_PARTS,),
-                )
-            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)")
-
-    def close(self) -> None:
-        """May be repeated."""
-        with self._lock, self._errors():
-            self._database.close()
-
-    def _open(self) -> None:
-        self._database = sqlite3.connect(self._path, timeout=0.2, check_same_thread=False)
-        try:
-            for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
-                self._database.execute(f"PRAGMA {pragma}")
-            self._database.executescript(_SCHEMA)
-            query = "SELECT count(*) FROM records WHERE payload IS NOT NULL"
-            self.count: int = self._database.execute(query).fetchone()[0]
-        except Exception:
-            self._database.close()
-            raise
-
-    def _remove(self, seq: int) -> None:
-        query = "UPDATE records SET payload = NULL WHERE seq = ? AND payload IS NOT NULL"
-        self.count -= self._database.execute(query, (seq,)).rowcount
-        self._has_changed = True
-
-    def _drop(self) -> str:
-        rows = self._database.execute(
-            "SELECT seq FROM records WHERE payload IS NOT NULL ORDER BY seq LIMIT ?",
-            (len(self._keep) + 1,),
-        ).fetchall()
-        self._remove(next(seq for (seq,) in rows if seq not in self._keep))
-        self.dropped += 1
-        if self._says_full:
-            return ""
-        self._says_full = True
-        return f"{self._path}: {self._limit} records wait: the oldest are dropped from now on"
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            what = "another process has it" if "locked" in str(error) else str(error)
-            raise LineError(f"queue_file {self._path}: {what}") from error
 
 
 def _password(config: Config) -> str | None:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 32
 MAX_BODY_BYTES = 4096
 SILENCE_S = 10.0  # of a client, while it is read from or written to
+CLOSE_S = 0.7
 REQUEST_S = 15.0  # for a whole request, however slowly it drips, and between two
 
 _ON_EVERY_ANSWER = {
@@ -105,10 +106,13 @@ class Server:
             self._server.shutdown()
         self._server.server_close()
         self._server.hang_up()
+        # A thread that is inside of OpenCV when the interpreter ends would abort the process.
+        self._server.wait_until_idle(CLOSE_S)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS
 
     answer: Callable[[Request], Answer]
 
@@ -116,7 +120,7 @@ class _Server(ThreadingHTTPServer):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._since_s: dict[socket.socket, float] = {}  # open connections: waiting for a request since
         super().__init__(address, handler)
 
@@ -142,6 +146,7 @@ class _Server(ThreadingHTTPServer):
         finally:
             with self._lock:
                 self._since_s.pop(request, None)
+                self._lock.notify_all()
             self._free.release()
 
     def waits(self, connection: socket.socket) -> None:
@@ -167,6 +172,11 @@ class _Server(ThreadingHTTPServer):
                         connection.shutdown(socket.SHUT_RDWR)
                     except OSError:
                         pass  # it has just ended by itself
+
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Waits for the connections to end."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self._since_s, timeout_s)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if isinstance(sys.exc_info()[1], OSError):

@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgead.errors import LineError
@@ -438,11 +438,12 @@ def test_ipv6(make_page: Callable[..., StatusPage]) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/../../../../etc/passwd", "/..%2f..%2fetc/passwd", "/%2e%2e/page.html", "//etc/passwd", "/page.html",
-        "/server.py", "/ng/../site.py", "/ng/original.png/../../site.py", "/ng/", "/ng/other.png?part=1",
-        "/page.js/", "/PAGE.JS", "/.", "/api", "/api/state/", "/live.jpg/..", "/\x00", "/%00",
+        *("/../../../../etc/passwd", "/..%2f..%2fetc/passwd", "/%2e%2e/page.html", "//etc/passwd"),
+        *("/page.html", "/server.py", "/ng/../site.py", "/ng/original.png/../../site.py", "/ng/"),
+        *("/ng/other.png?part=1", "/page.js/", "/PAGE.JS", "/.", "/api", "/api/state/", "/live.jpg/.."),
+        *("/\x00", "/%00"),
     ],
-)  # fmt: skip
+)
 def test_only_fixed_paths_are_served(page: StatusPage, path: str) -> None:
     with socket.create_connection(("127.0.0.1", page.port), LIMIT_S) as connection:
         connection.sendall(
@@ -460,20 +461,10 @@ def test_part_numbers_that_are_none(page: StatusPage, query: str) -> None:
     assert call(page, "GET", f"/ng/original.png?{query}").status == 404
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=60))
-def test_no_path_breaks_it(path: str) -> None:
-    page = shared_page()
+def test_no_path_breaks_it(page: StatusPage, path: str) -> None:
     assert call(page, "GET", "/" + path).status in (200, 204, 400, 404)
-
-
-_SHARED: list[StatusPage] = []
-
-
-def shared_page() -> StatusPage:
-    if not _SHARED:
-        _SHARED.append(open_sink(Config(port=0), controls=StandIn()))
-    return _SHARED[0]
 
 
 def raw(page: StatusPage, request: bytes) -> bytes:
@@ -500,7 +491,6 @@ HEAD = b"POST /api/threshold HTTP/1.1\r\nHost: localhost\r\nX-EdgeAD: 1\r\n"
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", 431),
-        (b"GET / HTTP/7.0\r\n\r\n", 505),
         (b"DELETE / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
         (b"GET /?" + b"a=1&" * 50 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     ],
@@ -584,20 +574,16 @@ def test_an_error_inside_is_not_told(
 # The sink
 
 
-def test_close_ends_everything_within_a_second(page: StatusPage) -> None:
-    idle = socket.create_connection(("127.0.0.1", page.port), LIMIT_S)
+def test_close_ends_server_and_connections(page: StatusPage) -> None:
     before = threading.active_count()
-    wait_for(lambda: threading.active_count() >= before)
+    idle = socket.create_connection(("127.0.0.1", page.port), LIMIT_S)
+    wait_for(lambda: threading.active_count() > before)
     page.close()
     page.close()
     assert idle.makefile("rb").read() == b""
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", page.port), 5)
-    wait_for(
-        lambda: (
-            not any(thread.name == "edgead status" for thread in threading.enumerate()) or bool(_SHARED)
-        )
-    )
+    wait_for(lambda: threading.active_count() < before)
 
 
 def test_it_can_be_opened_again_on_the_same_port(make_page: Callable[..., StatusPage]) -> None:
