@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from edgead.detector import Detector
 from edgead.engines.build import build_engine
 from edgead.export.graph import MergedGraph
 from edgead.flavour import open_flavour
+from edgead.manifest import RESIZE_ON_HOST
 from edgead.models.efficientad import IMAGE_PX, EfficientAD
 from edgead.models.pdn import FEATURES, Size
 from edgead.runtime import open_backend
@@ -40,23 +41,32 @@ CPU = torch.device("cpu")
 ENGINE_TARGET = "sm86"
 
 
-def inference(bundles: dict[int, Bundle], *, threads: int, rounds: int) -> dict[str, Timing]:
-    """Times of graph and whole call per K and back end, under "<what> <back end> <precision> <K>"."""
+def inference(
+    bundles: Mapping[int, Bundle] | Mapping[str, Bundle], *, threads: int, rounds: int
+) -> dict[str, Timing]:
+    """Times of graph and whole call per bundle and back end.
+
+    Their names are "<what>, <back end> <precision>, <key of the bundle>". The frame is 900x900 px, or of
+    the one size that the bundle takes.
+    """
     rng = np.random.default_rng(1)
-    frame = rng.integers(0, 256, (FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
-    image = rng.integers(0, 256, (1, IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8)
     functions: dict[str, Callable[[], object]] = {}
     for name in ("onnxruntime", "openvino"):
         if importlib.util.find_spec(name) is None:
             continue
         for k, bundle in bundles.items():
+            spec = bundle.manifest.input
+            image = rng.integers(0, 256, (1, spec.height, spec.width, 3), dtype=np.uint8)
+            takes_any = spec.resize == RESIZE_ON_HOST
+            side = (FRAME_PX, FRAME_PX) if takes_any else (spec.height, spec.width)
+            frame = rng.integers(0, 256, (*side, 3), dtype=np.uint8)
             backend = open_backend(bundle, name, threads=threads)
             detector = Detector(bundle, open_backend(bundle, name, threads=threads))
             calibration = np.array(bundle.manifest.calibration.values, np.float32)
             feed = {"image": image, "calibration": calibration}
             label = f"{name} {backend.precision}"
             functions[f"graph, {label}, {k}"] = lambda b=backend, f=feed: b.infer(f)  # type: ignore[misc]
-            functions[f"call, {label}, {k}"] = lambda d=detector: d(frame)  # type: ignore[misc]
+            functions[f"call, {label}, {k}"] = lambda d=detector, f=frame: d(f)  # type: ignore[misc]
     return interleave(functions, rounds=rounds, block=3)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from edgead.line.verdicts import Record
+
+if TYPE_CHECKING:
+    from edgead.line.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,10 +127,15 @@ class Controls(Protocol):
     """What a PLC or a person may ask of a running line. Any thread; all calls return at once.
 
     Attributes:
-        cameras: Their names, in the order of the recipe file.
+        statistics: What the verdicts were.
     """
 
-    cameras: tuple[str, ...]
+    statistics: Statistics
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Their names, in the order of the recipe file."""
+        ...
 
     def trigger(self, camera: str, tag: int | None = None) -> int:
         """Opens a part and asks its camera for an image; returns the part id.

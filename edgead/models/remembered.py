@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Remembered:
-    """Feature maps of images by their numbers, in FP16; beyond the memory they are computed each time."""
+    """Feature maps of images by their numbers, in FP16; beyond the memory computed each time."""
 
     def __init__(
         self, features: Callable[[int], list[Tensor]], images: int, device: torch.device, cache_mib: int

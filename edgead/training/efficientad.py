@@ -55,8 +55,8 @@ class TrainConfig:
         minutes: Train for this long instead of for `steps`.
         optimizer: None is Adam, as published, for `LONG_RUN` steps or more, and Muon for shorter runs
             and for `minutes`: it needs a fraction of the steps (docs/training.md).
-        learning_rate: None is 1e-4 for Adam, as published, and 0.02 for Muon; from 95 % of the run on a
-            tenth of it, as published.
+        learning_rate: None is 1e-4 for Adam, as published, with a tenth of it from 95 % of the run on,
+            and 0.02 for Muon; see `rate_at`.
         border: "published" leaves the outer 16 px blind, "reflect" inspects them; see `EfficientAD`.
         targets: Channels of the target space, see `EfficientAD`; 384 as published.
         false_reject: Target rate of good parts rejected, for the threshold.
@@ -94,18 +94,24 @@ class TrainConfig:
                 f" {FEATURES} being the published one"
             )
 
-    def rate_at(self, fraction: float) -> float:
-        """The learning rate when this fraction (0..1) of the run is done."""
+    def rate_at(self, fraction: float, step: int) -> float:
+        """The learning rate when this fraction (0..1) of the run is done, which is this many steps.
+
+        Muon's steps have to become smaller with the square root of their number: at a constant rate the
+        autoencoder falls apart after some 800 of them.
+        """
         assert self.learning_rate is not None
-        return self.learning_rate * (0.1 if fraction >= 0.95 else 1.0)
+        if self.optimizer == "adam":
+            return self.learning_rate * (0.1 if fraction >= 0.95 else 1.0)
+        return self.learning_rate / (1 + step / 300) ** 0.5 * min(1.0, 5 * (1 - fraction))
 
     def optimizer_of(self, model: EfficientAD) -> torch.optim.Optimizer:
         """The optimizer over student and autoencoder."""
         parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
         decay = self.weight_decay
         if self.optimizer == "muon":
-            return Muon(parameters, self.rate_at(0), weight_decay=decay)
-        return torch.optim.Adam(parameters, self.rate_at(0), weight_decay=decay, fused=True)
+            return Muon(parameters, self.rate_at(0, 0), weight_decay=decay)
+        return torch.optim.Adam(parameters, self.rate_at(0, 0), weight_decay=decay, fused=True)
 
     @property
     def method(self) -> str:
@@ -216,7 +222,7 @@ class Trainer:
         batches = _batches(session.images, self.penalty, config.seed, session.step)
         while (done := session.fraction_done()) < 1:
             index, batch = next(batches)
-            optimizer.param_groups[0]["lr"] = config.rate_at(done)
+            optimizer.param_groups[0]["lr"] = config.rate_at(done, session.step)
             seed = config.seed * 1_000_003 + session.step
             losses = _step(model, optimizer, batch, targets[index], session.device, seed=seed)
             session.record(asdict(losses))

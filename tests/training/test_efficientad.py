@@ -210,10 +210,11 @@ def test_kill_9_loses_no_more_than_the_steps_since_the_checkpoint(
 
 def test_short_runs_take_muon_and_long_ones_the_published_schedule() -> None:
     for config in (TrainConfig(), TrainConfig(steps=20_000)):
-        assert config.optimizer == "adam" and [config.rate_at(x) for x in (0, 0.949)] == [1e-4, 1e-4]
-        assert config.rate_at(0.95) == pytest.approx(1e-5)
+        assert config.optimizer == "adam" and [config.rate_at(x, 9) for x in (0, 0.949)] == [1e-4, 1e-4]
+        assert config.rate_at(0.95, 9) == pytest.approx(1e-5)
     for config in (TrainConfig(steps=19_999), TrainConfig(minutes=5)):
         assert config.optimizer == "muon"
-        assert [config.rate_at(x) for x in (0, 0.949, 0.95)] == pytest.approx([0.02, 0.02, 0.002])
-    assert TrainConfig(steps=5, optimizer="adam").rate_at(0) == 1e-4
-    assert TrainConfig(steps=5, learning_rate=1e-3).rate_at(0) == 1e-3
+        assert [config.rate_at(0.5, x) for x in (0, 900, 2400)] == pytest.approx([0.02, 0.01, 0.02 / 3])
+        assert [config.rate_at(x, 0) for x in (0.8, 0.9, 1)] == pytest.approx([0.02, 0.01, 0])
+    assert TrainConfig(steps=5, optimizer="adam").rate_at(0, 0) == 1e-4
+    assert TrainConfig(steps=5, learning_rate=1e-3).rate_at(0, 0) == 1e-3

@@ -10,4 +10,5 @@ SINKS: dict[str, str] = {  # kind in the recipe file -> module of this package
     "opcua": "opcua",
     "webhook": "webhook",
     "metrics": "metrics",
+    "status": "status",
 }

@@ -149,7 +149,8 @@ class MqttSink:
         self._wake = threading.Event()
         self._acknowledged: deque[tuple[int, ReasonCode]] = deque()  # message id, answer
         self._under_way: dict[int, int] = {}  # message id -> seq
-        self._connected = self._ends = self._says_away = False
+        self._connected = self._ends = False
+        self._troubles: set[str] = set()  # that were logged since the last record was acknowledged
         self._published = self._refused = self._connections = 0
         self._resume_s = 0.0
         try:
@@ -260,9 +261,7 @@ class MqttSink:
         if reason.is_failure:
             self._say_away(f"refuses the connection: {reason}")
             return
-        if self._says_away:
-            logger.info("%s is back", self._broker)
-        self._says_away, self._connected = False, True
+        self._connected = True
         self._connections += 1
         client.publish(self._status_topic, "online", qos=1, retain=True)
         self._wake.set()
@@ -280,9 +279,9 @@ class MqttSink:
         self._wake.set()
 
     def _say_away(self, what: str) -> None:
-        if not self._says_away:
+        if what not in self._troubles:
             logger.warning("%s %s; records wait in %s", self._broker, what, self._config.queue_file)
-        self._says_away = True
+        self._troubles.add(what)
 
     @property
     def _broker(self) -> str:
@@ -318,11 +317,13 @@ class MqttSink:
             if seq is not None and reason.is_failure:
                 self._refused += 1
                 self._resume_s = time.monotonic() + _REFUSED_PAUSE_S
-                if self._refused == 1:
-                    logger.error("%s does not take records: %s; they wait", self._broker, reason)
+                self._say_away(f"does not take them: {reason}")
             elif seq is not None:
                 self._queue.remove(seq)
                 self._published += 1
+                if self._troubles:
+                    logger.info("%s takes records again", self._broker)
+                    self._troubles.clear()
             self._under_way.pop(number, None)
             self._acknowledged.popleft()
 

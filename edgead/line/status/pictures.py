@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 NG_PICTURES = 16
 NG_BYTES = 256 * 2**20
-LIVE_PX = 800  # longer side
+LIVE_PX = 640  # longer side
 SMALL_PX = 240
 LIVE_PERIOD_S = 0.2  # no camera's picture is encoded more often than that
 

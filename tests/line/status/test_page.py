@@ -198,7 +198,7 @@ def test_a_picture_is_encoded_once_for_all_and_not_more_often_than_5_times_a_sec
 
 def test_large_pictures_are_shrunk(page: StatusPage) -> None:
     page.write(make_record(1), Picture(np.zeros((500, 3000, 3), np.uint8), None))
-    assert decoded(call(page, "GET", "/live.jpg?camera=top").body).shape == (133, 800, 3)
+    assert decoded(call(page, "GET", "/live.jpg?camera=top").body).shape == (107, 640, 3)
 
 
 def test_a_broken_heat_map_leaves_the_image(page: StatusPage) -> None:
