@@ -94,7 +94,7 @@ class Plain(torch.nn.Module):
 class PlainProtoAD(ProtoAD):
     """Ships in its plain form."""
 
-    def merged(self, dtype: torch.dtype) -> torch.nn.Module:  # type: ignore[override]
+    def merged(self, dtype: torch.dtype) -> torch.nn.Module:
         return Plain(self, dtype)
 
 

@@ -37,6 +37,8 @@ def test_there_are_commands_for_the_whole_path() -> None:
         "doctor",
         "build",
         "engines",
+        "run",
+        "simulate",
     }
 
 

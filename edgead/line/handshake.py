@@ -163,7 +163,7 @@ class Handshake:
     def outputs(self) -> Outputs:
         """What the PLC is to read now."""
         shown, inputs = self._shown, self._inputs
-        is_idle = not (self._open or self._waiting or shown or inputs.trigger or inputs.ack)
+        is_idle = not (self._open or shown or inputs.trigger or inputs.ack)  # without ack nothing waits
         names = ("triggers_refused", "recipes_refused", "results_lost")
         return Outputs(
             ready=is_idle and self._is_line_ready,

@@ -187,7 +187,7 @@ class Line:
     def state(self) -> dict[str, Any]:
         """See `Controls`."""
         with self._lock:
-            cameras = {
+            cameras: dict[str, dict[str, Any]] = {
                 camera.name: {
                     "recipe": camera.recipe,
                     "recipes": [self._bundles.name(recipe.bundle) for recipe in camera.config.recipes],
@@ -203,7 +203,7 @@ class Line:
             is_ready = not self._is_stopping and self._bundles.are_ready
             journal_failures = self._desk.journal_failures
         for camera in self._cameras.values():
-            cameras[camera.name]["source"] |= camera.source.counters()
+            cameras[camera.name]["source"].update(camera.source.counters())
         return {
             "name": self.name,
             "ready": is_ready,

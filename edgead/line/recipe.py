@@ -98,7 +98,7 @@ class CameraConfig:
         image_timeout_ms: How long the image of a trigger of the PLC may be under way; after that it is
             taken as lost, and the next image belongs to the next trigger. Five deadlines, and at least a
             second, if not given.
-        recipe: Which of the recipes is used at the start.
+        start_recipe: Number of the recipe that is used at the start.
     """
 
     name: str
@@ -173,7 +173,7 @@ def load(path: Path) -> Recipe:
         raise LineError(f'{path}: has no table [line]; write [line] and journal = "FOLDER" below it')
     settings = tables.build(Settings, data["line"], ("line",))
     where: dict[str, str] = {}
-    cameras = []
+    cameras: list[CameraConfig] = []
     for index, table in enumerate(_list(tables, "camera")):
         camera = _camera(tables, table, ("camera", index))
         if camera.name in {other.name for other in cameras}:
@@ -184,7 +184,7 @@ def load(path: Path) -> Recipe:
         raise LineError(
             f"{path}: has no camera; write [[camera]] with name, deadline_ms, source and recipe"
         )
-    sinks = []
+    sinks: list[SinkConfig] = []
     for index, table in enumerate(_list(tables, "sink")):
         sink = _sink(tables, table, ("sink", index), {other.name for other in sinks})
         sinks.append(sink)
@@ -247,7 +247,7 @@ def _config(
     """Kind and Config of a table with the key `kind`."""
     what = package[:-1]
     kind = table.get("kind") if isinstance(table, Mapping) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise tables.error(
             (*key, "kind"), f"{what} needs a kind, got {kind!r}: one of {', '.join(sorted(kinds))}"
         )

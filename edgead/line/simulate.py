@@ -172,8 +172,9 @@ def _child(arguments: list[str]) -> int:
     models = bundle_opener(recipe.settings.backend, recipe.settings.threads)
 
     def open_model(bundle: Bundle) -> FaultyBackend:
-        opened = models(bundle) if stand_in == "None" else StandIn(bundle, float(stand_in))
-        return FaultyBackend(opened, day)
+        if stand_in == "None":
+            return FaultyBackend(models(bundle), day)
+        return FaultyBackend(StandIn(bundle, float(stand_in)), day)
 
     def source(config: CameraConfig) -> Source:
         return FaultySource(assembly.open_source(config), config.name, day)

@@ -27,8 +27,12 @@ def described(kind: type) -> dict[str, str]:
     doc = re.sub(r"\n {4}", "\n", kind.__doc__ or "")
     _, _, attributes = doc.partition("Attributes:\n")
     attributes = attributes.split("\n\n")[0]
-    entries = re.split(r"\n {4}(?=\w+:)", "\n" + attributes.rstrip())
-    return {name: " ".join(text.split()) for name, _, text in (e.partition(":") for e in entries[1:])}
+    entries = re.split(r"\n {4}(?=[\w, ]+:)", "\n" + attributes.rstrip())
+    found = {}
+    for entry in entries[1:]:
+        names, _, text = entry.partition(":")
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
 
 
 def rows(kind: type) -> list[str]:
@@ -38,9 +42,12 @@ def rows(kind: type) -> list[str]:
     for field in dataclasses.fields(kind):
         if kind is CameraConfig and field.name in NOT_KEYS:
             continue
-        text = texts.get(field.name, "")
+        mention = (text for text in texts.values() if f"`{field.name}`" in text)
+        text = texts.get(field.name) or next(mention, "")
         assert text, f"{kind.__module__}.{kind.__name__}: {field.name} has no description"
-        lines.append(f"| `{field.name}` | {default(field, hints[field.name])} | {text.replace('|', '/')} |")
+        lines.append(
+            f"| `{field.name}` | {default(field, hints[field.name])} | {text.replace('|', '/')} |"
+        )
     return lines
 
 

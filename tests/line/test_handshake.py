@@ -156,6 +156,7 @@ def test_results_that_nobody_reads_are_lost_in_sight(caplog: pytest.LogCaptureFi
     assert caplog.text.count("unread") == 1, "logged once"
     shown = []
     while station.outputs.results_ready:
+        assert station.outputs.overflow, "until the last that waited was read"
         shown.append(station.outputs.part_id)
         plc.write(ack=True)
         plc.write(ack=False)

@@ -127,7 +127,7 @@ def test_what_cannot_be_opened_is_said_with_its_line(
         path = recipe(folder, more=f'\n[[sink]]\nkind = "status"\nport = {port}\n')
         assert main(["run", str(path), "--check"]) == 1
     error = capsys.readouterr().err
-    assert f"{path}:18: " in error and str(port) in error
+    assert f"{path}:17: " in error and str(port) in error
     recipe(folder).write_text(LINE.replace('"frames"', '"frames/a/0.png"').replace(", SOURCE", ""))
     assert main(["run", str(path), "--check"]) == 1
     assert f"{path}:8: " in capsys.readouterr().err

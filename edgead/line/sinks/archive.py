@@ -5,9 +5,9 @@
     FOLDER/2026-03-31/NG/000000000042_top.json        its record
     FOLDER/2026-03-31/LATE/000000000043_top.late.json what the model said after the deadline
 
-Days are of UTC; the number is the part id. A part whose image was lost has its record only. When the quota
-is full the oldest parts are deleted, also those of earlier runs, but only files with names like these. The
-files are not forced to the disk one by one: a power cut can take those of the last half minute.
+Days are of UTC; the number is the part id. A part whose image was lost has its record only. When the
+quota is full the oldest parts are deleted, also those of earlier runs, but only files with names like
+these. The files are not forced to the disk: a power cut can take those of the last half minute.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ SUFFIXES = (".png", ".heat.jpg", ".json", ".late.json")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 _FILE = re.compile(r"((?a:\d{12,19})_[\w-]+)(\.png|\.heat\.jpg|\.json|\.late\.json)")
 _UNFINISHED = re.compile(rf"\.{_FILE.pattern}\.[0-9a-f]{{8}}\.tmp")  # as edgead.files names them
+
+_Key = tuple[str, int, str, str]  # day, part id, verdict, name of its files without suffix: oldest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ class Archive:
         return part_id in self._files.part_ids
 
     def counters(self) -> dict[str, int]:
-        """parts and bytes: in the archive. deleted: parts, for room. skipped: parts, for lack of room."""
+        """parts, bytes: in the archive. deleted: parts, for room. skipped: parts, for lack of room."""
         return {
             "parts": len(self._files.part_ids),
             "bytes": self._files.total_bytes,
@@ -171,18 +173,11 @@ class Archive:
         return True
 
     def _give_up(self, key: _Key, error: Exception) -> None:
-        """Takes back what was written of a part. The same part is tried again later."""
-        for suffix in SUFFIXES:
-            with suppress(OSError):
-                self._files.path(key, suffix).unlink()
+        """Takes back what was written of a part, which is tried again later."""
+        self._files.discard(key)
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             self._files.delete_oldest()
-
-
-_Key = tuple[
-    str, int, str, str
-]  # day, part id, verdict, name of its files without suffix: the oldest first
 
 
 class _Files:
@@ -236,6 +231,12 @@ class _Files:
             with suppress(FileNotFoundError):
                 self._count(key, self.path(key, suffix))
 
+    def discard(self, key: _Key) -> None:
+        """Deletes the files of a part that was never added."""
+        for suffix in SUFFIXES if key not in self._bytes else ():
+            with suppress(OSError):
+                self.path(key, suffix).unlink()
+
     def delete_oldest(self) -> bool:
         """False: there is none."""
         if not self._oldest:
@@ -248,9 +249,10 @@ class _Files:
                 (folder / f"{name}{suffix}").unlink(missing_ok=True)
         except OSError as error:  # it is not thought of again until the next start
             logger.error("%s: cannot be deleted: %s", folder / name, error.strerror)
+        else:
+            self.deleted += 1
         self.total_bytes -= self._bytes.pop(key)
         self.part_ids.discard(part_id)
-        self.deleted += 1
         with suppress(OSError):  # not empty
             folder.rmdir()
             folder.parent.rmdir()
@@ -277,7 +279,7 @@ def _key(record: Record) -> _Key:
 
 
 def _heat(record: Record, picture: Picture) -> np.ndarray | None:
-    """The heat map over the image, on the same scale for all parts: red from twice the threshold on."""
+    """The heat map over the image, on one scale for all parts: dark red from twice the threshold on."""
     if picture.anomaly_map is None:
         return None
     threshold = record.threshold or float(np.nanmax(picture.anomaly_map)) / 2
