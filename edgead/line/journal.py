@@ -76,6 +76,7 @@ class Journal:
         self.failures = 0
         self._waiting: list[bytes] = []
         self._file = -1
+        self._full: list[int] = []  # files of segments that are full, to be closed
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -102,8 +103,10 @@ class Journal:
             os.close(self._lock)
             raise
         self._is_closed = threading.Event()
+        self._syncing: threading.Thread | None = None
         if sync == "second":
-            threading.Thread(target=self._sync_each_second, name="edgead-journal", daemon=True).start()
+            self._syncing = threading.Thread(target=self._sync_each_second, daemon=True)
+            self._syncing.start()
 
     def trigger(self, camera: str, trigger_ns: int, tag: int | None) -> int:
         """Notes a trigger (nanoseconds since 1970) and gives its part id, never given before."""
@@ -129,14 +132,16 @@ class Journal:
 
     def close(self) -> None:
         """Writes out; may be repeated."""
+        if self._file < 0:
+            return
         self._is_closed.set()
-        if self._file >= 0:
-            self._write()
-            if self._sync != "never":
-                os.fsync(self._file)
-            os.close(self._file)
-            os.close(self._lock)
-            self._file = -1
+        if self._syncing is not None:
+            self._syncing.join(1)
+        self._write()
+        self._tidy()
+        os.close(self._file)
+        os.close(self._lock)
+        self._file = -1
 
     def _segments(self) -> list[Path]:
         return sorted(self._folder.glob("journal-????????.log"))
@@ -156,21 +161,34 @@ class Journal:
             return
         if self._file >= 0:
             self._write()
-            if self._sync != "never":
-                os.fsync(self._file)
-            os.close(self._file)
+            self._full.append(self._file)
         self._file, self._path = file, path
         self._parts_in_segment = self._sizes[path] = 0
         lines = [{"next": self._next}, *self._open_triggers.values()]
         self._waiting[:0] = [_line(line) for line in lines]
         self._write()
-        if self._sync != "never":
-            os.fsync(file)  # before the segment goes that says the same
+        if self._sync != "second":
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Closes full segments, and deletes those that are not needed any more."""
+        self._reach_disk(os.dup(self._file))  # before the segment goes that says the same
+        while self._full:
+            self._reach_disk(self._full.pop(0))
         for old in self._segments():
-            if sum(self._sizes.values()) - self._sizes[old] < SEGMENT_PARTS:
+            if sum(list(self._sizes.values())) - self._sizes.get(old, 0) < SEGMENT_PARTS:
                 break
-            del self._sizes[old]
+            self._sizes.pop(old, None)
             old.unlink(missing_ok=True)
+
+    def _reach_disk(self, file: int) -> None:
+        try:
+            if self._sync != "never":
+                os.fdatasync(file)
+        except OSError as error:
+            logger.error("journal %s: %s", self._folder, error.strerror)
+        finally:
+            os.close(file)
 
     def _append(self, entry: dict[str, Any]) -> None:
         self._waiting.append(_line(entry))
@@ -185,16 +203,7 @@ class Journal:
     def _sync_each_second(self) -> None:
         """Without the callers' lock: a slow disk delays no verdict."""
         while not self._is_closed.wait(1):
-            try:
-                file = os.dup(self._file)  # a new segment may close the number itself
-            except OSError:
-                continue
-            try:
-                os.fdatasync(file)
-            except OSError as error:
-                logger.error("journal %s: %s", self._folder, error.strerror)
-            finally:
-                os.close(file)
+            self._tidy()
 
     def _write(self) -> None:
         """Writes all lines that wait; a line that the disk takes in part only is written whole again."""

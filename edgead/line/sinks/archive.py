@@ -282,7 +282,7 @@ def _heat(record: Record, picture: Picture) -> np.ndarray | None:
     """The heat map over the image, on one scale for all parts: dark red from twice the threshold on."""
     if picture.anomaly_map is None:
         return None
-    threshold = record.threshold or float(np.nanmax(picture.anomaly_map)) / 2
+    threshold = record.threshold or float(picture.anomaly_map.max()) / 2
     try:
         return overlay(picture.image, picture.anomaly_map, low=0.0, high=2 * max(threshold, 1e-6))
     except DataError as error:

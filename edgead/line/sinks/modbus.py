@@ -79,9 +79,9 @@ def open_sink(config: Config, *, controls: Controls) -> PlcSink:
         LineError: The port is in use or not allowed, or pymodbus is not installed.
     """
     try:
-        import pymodbus.simulator  # noqa: F401  since 3.12
+        from pymodbus.simulator import DataType  # noqa: F401
     except ImportError as error:
-        raise LineError('Modbus needs the library pymodbus: pip install "edgead[line]"') from error
+        raise LineError('Modbus needs pymodbus 3.13 or later: pip install "edgead[line]"') from error
     return PlcSink(config, ModbusServer(config, controls.cameras), controls)
 
 

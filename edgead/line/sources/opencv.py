@@ -37,7 +37,7 @@ from edgead.line.sources.live import Live
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT_MS = 5000  # FFmpeg's own are 30 s
+_TIMEOUT_MS = 5000  # OpenCV's own are 30 s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def _open(config: Config, name: str) -> cv2.VideoCapture:
             f"{name}: device is a GStreamer pipeline, but this OpenCV ({cv2.__version__}) was built"
             " without GStreamer: use the OpenCV of Debian, Ubuntu or JetPack, or a URL or /dev/video0"
         )
-    if api == cv2.CAP_FFMPEG:
+    if api in (cv2.CAP_FFMPEG, cv2.CAP_GSTREAMER):
         limits = [
             cv2.CAP_PROP_OPEN_TIMEOUT_MSEC,
             _TIMEOUT_MS,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pymodbus.simulator", reason="the extra edgead[line] is not installed")
+pytest.importorskip("pymodbus", minversion="3.13", reason="the extra edgead[line] is not installed")
 
 from pymodbus.client import ModbusTcpClient
 
