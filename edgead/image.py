@@ -27,6 +27,11 @@ from edgead.errors import DataError
 from edgead.files import write_bytes
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_QUALITY = {  # a key that a format does not know makes OpenCV complain
+    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 95],
+    ".jpeg": [cv2.IMWRITE_JPEG_QUALITY, 95],
+    ".webp": [cv2.IMWRITE_WEBP_QUALITY, 95],
+}
 MAX_PIXELS = 100_000_000
 COLORS = ("rgb", "bgr")
 
@@ -116,8 +121,8 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     pixels = np.ascontiguousarray(image)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    quality = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_WEBP_QUALITY, 95]
-    data = cv2.imencode(path.suffix.lower(), pixels, quality)[1].tobytes()
+    kind = path.suffix.lower()
+    data = cv2.imencode(kind, pixels, _QUALITY.get(kind, []))[1].tobytes()
     try:
         write_bytes(path, data, sync=False)
     except OSError as error:

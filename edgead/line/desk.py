@@ -61,9 +61,10 @@ class Desk:
             records.append(record)
         if past.open_triggers:
             logger.warning("%d parts were open when the line went down: ERROR", len(past.open_triggers))
+        is_new = {trigger.part_id for trigger in past.open_triggers}
         for outlet in outlets.values():
             for record in sorted(records, key=lambda record: record.part_id):
-                if not outlet.knows(record.part_id):
+                if record.part_id in is_new or not outlet.knows(record.part_id):
                     outlet.put(record, None)
 
     def open(self, camera: Camera, trigger_ns: int, tag: int | None, bundle: str) -> Part:

@@ -51,6 +51,7 @@ RestartSec=1
 TimeoutStopSec=5
 # Deadlines: ahead of everything that is not an inspection.
 Nice=-10
+AmbientCapabilities=CAP_NET_BIND_SERVICE CAP_SYS_NICE
 OOMScoreAdjust=-900
 
 [Install]

@@ -180,53 +180,54 @@ class _Connection:
         self._camera.get_device().connect("control-lost", lambda *_: lost.set())
 
     def _set_up(self, config: Config) -> None:
-        camera = self._camera
+        # No name but self._camera for it: an exception keeps names alive, and with them the camera.
         with self._explained("acquisition mode"):
-            camera.set_acquisition_mode(self._aravis.AcquisitionMode.CONTINUOUS)
+            self._camera.set_acquisition_mode(self._aravis.AcquisitionMode.CONTINUOUS)
         if config.pixel_format is not None:
             with self._explained(f"pixel_format {config.pixel_format}"):
-                camera.set_pixel_format_from_string(config.pixel_format)
+                self._camera.set_pixel_format_from_string(config.pixel_format)
         with self._explained("pixel format"):
-            if camera.get_pixel_format() not in _BY_NUMBER:
+            if self._camera.get_pixel_format() not in _BY_NUMBER:
+                given, known = self._camera.get_pixel_format_as_string(), ", ".join(PIXEL_FORMATS)
                 raise LineError(
-                    f"{self._name}: the camera is set to {camera.get_pixel_format_as_string()}, which"
-                    f" is not supported: set pixel_format to one of {', '.join(PIXEL_FORMATS)}"
+                    f"{self._name}: the camera is set to {given}, which is not supported: set"
+                    f" pixel_format to one of {known}"
                 )
         self._set_trigger(config.trigger)
         auto_off = self._aravis.Auto.OFF
         if config.exposure_us is not None:
             with self._explained("exposure_us"):
-                if camera.is_exposure_auto_available():
-                    camera.set_exposure_time_auto(auto_off)
-                self._check_range("exposure_us", config.exposure_us, camera.get_exposure_time_bounds())
-                camera.set_exposure_time(config.exposure_us)
+                if self._camera.is_exposure_auto_available():
+                    self._camera.set_exposure_time_auto(auto_off)
+                self._check_range(
+                    "exposure_us", config.exposure_us, self._camera.get_exposure_time_bounds()
+                )
+                self._camera.set_exposure_time(config.exposure_us)
         if config.gain is not None:
             with self._explained("gain"):
-                if camera.is_gain_auto_available():
-                    camera.set_gain_auto(auto_off)
-                self._check_range("gain", config.gain, camera.get_gain_bounds())
-                camera.set_gain(config.gain)
+                if self._camera.is_gain_auto_available():
+                    self._camera.set_gain_auto(auto_off)
+                self._check_range("gain", config.gain, self._camera.get_gain_bounds())
+                self._camera.set_gain(config.gain)
         if config.rate_hz is not None:
             with self._explained("rate_hz"):
-                self._check_range("rate_hz", config.rate_hz, camera.get_frame_rate_bounds())
-                camera.set_frame_rate(config.rate_hz)
+                self._check_range("rate_hz", config.rate_hz, self._camera.get_frame_rate_bounds())
+                self._camera.set_frame_rate(config.rate_hz)
         if config.packet_size_bytes is not None:
             with self._explained("packet_size_bytes"):
-                camera.gv_set_packet_size(config.packet_size_bytes)
+                self._camera.gv_set_packet_size(config.packet_size_bytes)
 
     def _set_trigger(self, trigger: str) -> None:
-        camera = self._camera
         with self._explained(f"trigger {trigger}"):
             if trigger == "free":
-                camera.clear_triggers()
+                self._camera.clear_triggers()
                 return
-            known = list(camera.dup_available_trigger_sources())
-            source = "Software" if trigger == "software" else trigger
-            if source not in known:
-                raise LineError(
-                    f"{self._name}: trigger {trigger}: the camera knows free, {', '.join(sorted(known))}"
-                )
-            camera.set_trigger(source)
+            names = self._camera.dup_available_trigger_sources()
+            sources = {"software" if name == "Software" else name: name for name in names}
+            if trigger not in sources:
+                known = ", ".join(["free", *sorted(sources)])
+                raise LineError(f"{self._name}: trigger {trigger}: the camera knows {known}")
+            self._camera.set_trigger(sources[trigger])
 
     def _check_range(self, key: str, value: float, bounds: tuple[float, float]) -> None:
         """Because cameras cut to their range without a word."""
@@ -235,21 +236,22 @@ class _Connection:
             raise LineError(f"{self._name}: {key} is {value:g}, the camera takes {least:g} to {most:g}")
 
     def _start(self, config: Config) -> None:
-        camera = self._camera
         with self._explained("start"):
             extended = "GevGVSPExtendedIDMode"
-            is_extended = camera.is_feature_available(extended) and camera.get_string(extended) == "On"
-            if is_extended or not camera.is_gv_device():
+            is_extended = (
+                self._camera.is_feature_available(extended) and self._camera.get_string(extended) == "On"
+            )
+            if is_extended or not self._camera.is_gv_device():
                 self._ids.bits = 64
-            self._clock.find(camera)
+            self._clock.find(self._camera)
             self._read_clock()
-            self._stream = camera.create_stream(None, None)
-            if camera.is_gv_device():
+            self._stream = self._camera.create_stream(None, None)
+            if self._camera.is_gv_device():
                 self._stream.set_property("frame-retention", round(config.retention_ms * 1000))
-            payload_bytes = camera.get_payload()
+            payload_bytes = self._camera.get_payload()
             for _ in range(config.buffers):
                 self._reuse(self._aravis.Buffer.new_allocate(payload_bytes))
-            camera.start_acquisition()
+            self._camera.start_acquisition()
         if config.trigger == "software":
             self._firing = threading.Thread(
                 target=self._fire_all, name=f"fire {self._name}", daemon=True
@@ -334,7 +336,11 @@ class _Connection:
         pixels, pixel_bytes = _BY_NUMBER[number]
         height_px, row_bytes = buffer.get_image_height(), buffer.get_image_width() * pixel_bytes
         stride_bytes = row_bytes + buffer.get_image_padding()[0]
-        rows = np.frombuffer(buffer.get_data(), np.uint8, stride_bytes * height_px)
+        data = buffer.get_data()
+        if len(data) < stride_bytes * height_px:
+            short = f"the camera sends {len(data)} bytes for {height_px} rows of {stride_bytes} bytes"
+            return None, "mono", short
+        rows = np.frombuffer(data, np.uint8, stride_bytes * height_px)
         image = rows.reshape(height_px, stride_bytes)[:, :row_bytes]
         return image if pixel_bytes == 1 else image.reshape(height_px, -1, pixel_bytes), pixels, ""
 

@@ -15,6 +15,9 @@ are late:
     rtspsrc location=rtsp://192.168.1.20/stream latency=50 ! rtph264depay ! h264parse ! avdec_h264 !
         videoconvert ! video/x-raw,format=BGR ! appsink max-buffers=1 drop=true sync=false
 
+For RTSP, the URL is the better choice: if the camera is away when such a pipeline is opened again,
+OpenCV's GStreamer (4.6, 4.10) sometimes never returns.
+
 Frames that such a queue, a driver or a network drops leave no trace. Where every image is a part, take a
 camera that numbers its frames (gige).
 """
