@@ -11,7 +11,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 READY = $(VENV)/ready
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo test lint typecheck wheel benchmark pycuda clean
+.PHONY: help install demo test lint typecheck wheel benchmark pycuda gige clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1~/p' $(firstword $(MAKEFILE_LIST)) | awk -F '~' '{printf "%-18s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ benchmark: $(READY)  ## latency on this machine's CPU
 
 pycuda: $(READY)  ## build pycuda into .venv where there is a CUDA toolkit, to test the second CUDA layer
 	$(PY) tests/fake_cuda/build_pycuda.py
+
+gige: $(READY)  ## link the system's PyGObject into .venv, to test GigE Vision cameras
+	$(PY) tests/line/sources/link_gi.py
 
 clean:  ## remove what the other targets made, all but .venv
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,6 +44,7 @@ PIXEL_FORMATS = {
 }
 _BY_NUMBER = {number: (pixels, n_bytes) for number, pixels, n_bytes in PIXEL_FORMATS.values()}
 _WAIT_US = 100_000
+_FIRST_FRAME_S = 5.0
 _STATISTICS = ("n_failures", "n_underruns", "n_missing_frames", "n_missing_packets", "n_resent_packets")
 
 
@@ -119,6 +120,7 @@ class _Connection:
         self._ids = FrameIds(name)
         self._clock = DeviceClock()
         self._arrival_ns = 0
+        self._speaks_until_s = math.inf  # by then a camera that runs by itself should have sent a frame
         self._fired: SimpleQueue[int | None] = SimpleQueue()  # moments; None: the end
         self._failed: SimpleQueue[Shot] = SimpleQueue()
         self._firing: threading.Thread | None = None
@@ -135,9 +137,18 @@ class _Connection:
             yield self._failed.get()
         buffer = self._stream.timeout_pop_buffer(_WAIT_US)
         if buffer is not None:
+            self._speaks_until_s = math.inf
             shots = self._shots_of(buffer)
             self._reuse(buffer)
             yield from shots
+        elif time.monotonic() > self._speaks_until_s:
+            self._speaks_until_s = math.inf
+            logger.warning(
+                "%s: no frame has come for %g s though the camera runs by itself: name its IP address "
+                "as device, and see that no firewall stands between",
+                self._name,
+                _FIRST_FRAME_S,
+            )
         elif self._lost.is_set():
             raise LineError(f"{self._name}: {self._origin} does not answer any more")
         self._read_clock()
@@ -252,6 +263,8 @@ class _Connection:
             for _ in range(config.buffers):
                 self._reuse(self._aravis.Buffer.new_allocate(payload_bytes))
             self._camera.start_acquisition()
+        if config.trigger == "free":
+            self._speaks_until_s = time.monotonic() + _FIRST_FRAME_S
         if config.trigger == "software":
             self._firing = threading.Thread(
                 target=self._fire_all, name=f"fire {self._name}", daemon=True
@@ -328,11 +341,7 @@ class _Connection:
             kind = buffer.get_payload_type().value_nick
             return None, "mono", f"the camera sends {kind}, not plain images: switch off its chunk mode"
         if (number := buffer.get_image_pixel_format()) not in _BY_NUMBER:
-            return (
-                None,
-                "mono",
-                f"the camera sends pixels of the format {number:#010x}, which is not supported",
-            )
+            return None, "mono", f"the camera sends the pixel format {number:#010x}, not supported"
         pixels, pixel_bytes = _BY_NUMBER[number]
         height_px, row_bytes = buffer.get_image_height(), buffer.get_image_width() * pixel_bytes
         stride_bytes = row_bytes + buffer.get_image_padding()[0]

@@ -94,12 +94,12 @@ class Replay:
         moments: Iterator[int] | None = None
         for frame_id in itertools.count():
             stored = self._ready.get()
-            if moments is None:  # now, that is after the first image was decoded
+            if isinstance(stored, Exception):
+                raise LineError(f"the images cannot be read any further: {stored!r}") from stored
+            if moments is None:  # only now begins the schedule: the first image took its time
                 moments = self._moments_ns()
             if stored is None or (trigger_ns := next(moments, None)) is None:
                 return
-            if isinstance(stored, Exception):
-                raise LineError(f"the images cannot be read any further: {stored!r}") from stored
             self._room.release()
             self._counts["images" if stored.image is not None else "unreadable"] += 1
             yield Shot(
