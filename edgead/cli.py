@@ -140,7 +140,7 @@ def _add_training_commands(command: _Command) -> None:
         help="weights of the frozen network of stpm, fbft and protoad: MobileNetV2, ResNet, DINOv2"
         " (default: the PDN-S that comes with edgead)",
     )
-    sub.add_argument("--steps", type=int, help="training steps (default: as published)")
+    sub.add_argument("--steps", type=int, help="training steps (default: 2000 of EfficientAD, as published of the others)")
     sub.add_argument("--minutes", type=float, help="train for this long instead")
     sub.add_argument(
         "--optimizer",

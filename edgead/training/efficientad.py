@@ -51,7 +51,7 @@ class TrainConfig:
 
     Attributes:
         size: PDN size, "s" or "m"; the teacher file has to match.
-        steps: Training steps; the published figures take 70,000.
+        steps: Training steps; the published figures take 70,000 of Adam.
         minutes: Train for this long instead of for `steps`.
         optimizer: None is Adam, as published, for `LONG_RUN` steps or more, and Muon for shorter runs
             and for `minutes`: it needs a fraction of the steps (docs/training.md).
@@ -65,7 +65,7 @@ class TrainConfig:
     """
 
     size: Size = "s"
-    steps: int = 70_000
+    steps: int = 2_000
     minutes: float | None = None
     optimizer: Optimizer | None = None
     learning_rate: float | None = None

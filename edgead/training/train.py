@@ -57,7 +57,7 @@ def train(
     Args:
         dataset: See `edgead.training.data.open_dataset`; its test part is not touched.
         run: Folder to write; see `edgead.training.run`.
-        config: A method's settings, see `edgead.methods.configure`; default: EfficientAD-S as published.
+        config: A method's settings, see `edgead.methods.configure`; default: EfficientAD-S.
         resume: Go on from the run's checkpoint.
         tile: Train on tiles of this many px of the images, and inspect whole frames in such tiles; see
             `edgead.models.tiled`. The frames have the size of most training images. These lie at that

@@ -209,10 +209,10 @@ def test_kill_9_loses_no_more_than_the_steps_since_the_checkpoint(
 
 
 def test_short_runs_take_muon_and_long_ones_the_published_schedule() -> None:
-    for config in (TrainConfig(), TrainConfig(steps=20_000)):
+    for config in (TrainConfig(steps=70_000), TrainConfig(steps=20_000)):
         assert config.optimizer == "adam" and [config.rate_at(x, 9) for x in (0, 0.949)] == [1e-4, 1e-4]
         assert config.rate_at(0.95, 9) == pytest.approx(1e-5)
-    for config in (TrainConfig(steps=19_999), TrainConfig(minutes=5)):
+    for config in (TrainConfig(), TrainConfig(steps=19_999), TrainConfig(minutes=5)):
         assert config.optimizer == "muon"
         assert [config.rate_at(0.5, x) for x in (0, 900, 2400)] == pytest.approx([0.02, 0.01, 0.02 / 3])
         assert [config.rate_at(x, 0) for x in (0.8, 0.9, 1)] == pytest.approx([0.02, 0.01, 0])
