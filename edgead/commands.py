@@ -306,7 +306,8 @@ def _images(paths: Sequence[Path]) -> list[Path]:
 
 def predict(arguments: argparse.Namespace) -> int:
     from edgead.detector import load
-    from edgead.image import overlay, read_image, write_image
+    from edgead.heat import heat_map
+    from edgead.image import read_image, write_image
 
     images = _images(arguments.paths)
     if arguments.heatmaps:
@@ -327,20 +328,20 @@ def predict(arguments: argparse.Namespace) -> int:
                 )
                 continue
             if arguments.json:
-                row = {"path": str(path), "score": result.score, "is_anomalous": result.is_anomalous}
-                print(
-                    json.dumps(
-                        {**row, "threshold": result.threshold, "elapsed_ms": round(result.elapsed_ms, 3)}
-                    ),
-                    flush=True,
-                )
+                row = {
+                    "path": str(path),
+                    "score": result.score,
+                    "relative_score": result.relative_score,
+                    "is_anomalous": result.is_anomalous,
+                    "threshold": result.threshold,
+                    "elapsed_ms": round(result.elapsed_ms, 3),
+                }
+                print(json.dumps(row), flush=True)
             else:
                 verdict = "NG" if result.is_anomalous else "OK"
                 print(f"{verdict}  {result.score:9.4f}  {result.elapsed_ms:7.1f} ms  {path}", flush=True)
             if arguments.heatmaps:
-                picture = overlay(
-                    frame, result.anomaly_map, low=0.0, high=2 * max(result.threshold, 1e-6)
-                )
+                picture = heat_map(frame, result.anomaly_map, result.threshold)
                 write_image(arguments.heatmaps / f"{number:05d}_{path.stem}.png", picture)
     if failed:
         print(

@@ -392,30 +392,3 @@ def enlarge(anomaly_map: np.ndarray, height_px: int, width_px: int) -> np.ndarra
         raise DataError(f"cannot scale a map of shape {anomaly_map.shape} to {height_px} x {width_px}")
     source = np.ascontiguousarray(anomaly_map, dtype=np.float32)
     return cv2.resize(source, (width_px, height_px), interpolation=cv2.INTER_LINEAR)
-
-
-def overlay(image: np.ndarray, anomaly_map: np.ndarray, *, low: float, high: float) -> np.ndarray:
-    """Blends a heat map over an image, for people to look at.
-
-    Args:
-        image: HWC uint8 RGB.
-        anomaly_map: HW float32 of any size; it is enlarged to the image's.
-        low: map value up to which the image shows unchanged.
-        high: map value from which the heat map is strongest (dark red, 70 % opaque).
-
-    Returns:
-        HWC uint8 RGB of the image's size, a new array.
-
-    Raises:
-        DataError: low is not below high, or the map is not HW or not finite.
-    """
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise DataError(f"low is {low} and high is {high}; both must be finite and low below high")
-    heat = (enlarge(anomaly_map, image.shape[0], image.shape[1]) - low) / (high - low)
-    if not np.isfinite(heat).all():
-        raise DataError("the anomaly map has values that are not finite")
-    heat = np.clip(heat, 0.0, 1.0)
-    colours = cv2.applyColorMap(np.rint(heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
-    colours = cv2.cvtColor(colours, cv2.COLOR_BGR2RGB)
-    opacity = 0.7 * heat[..., None]
-    return np.rint(image * (1.0 - opacity) + colours * opacity).astype(np.uint8)

@@ -25,7 +25,8 @@ from edgead.by_size import BySize, Component, area_text, remarks, tiniest
 from edgead.errors import DataError, EdgeADError
 from edgead.evaluate import Evaluation, Row, relative_path
 from edgead.files import write_bytes
-from edgead.image import enlarge, overlay, read_image, resize
+from edgead.heat import overlay
+from edgead.image import enlarge, read_image, resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

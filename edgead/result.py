@@ -53,6 +53,14 @@ class Result:
         if not self.elapsed_ms >= 0:
             raise DataError(f"Result: elapsed_ms is {self.elapsed_ms!r}, expected a number >= 0")
 
+    @property
+    def relative_score(self) -> float | None:
+        """The score on one scale for all methods: 0 at the normal level, 1 at the threshold.
+
+        None where the threshold was set by hand to 0 or below, where there is no such scale.
+        """
+        return self.score / self.threshold if self.threshold > 0 else None
+
     def map_at(self, height_px: int, width_px: int) -> np.ndarray:
         """Returns the map as float32 [height_px, width_px], enlarged bilinearly (half-pixel centres)."""
         from edgead.image import enlarge  # loads OpenCV

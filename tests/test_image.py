@@ -21,7 +21,6 @@ from edgead.image import (
     as_rgb,
     enlarge,
     list_images,
-    overlay,
     read_image,
     read_mask,
     resize,
@@ -556,26 +555,3 @@ def test_enlarge_refuses() -> None:
     for shape, size in (((4, 4, 1), (8, 8)), ((0, 4), (8, 8)), ((4, 4), (0, 8))):
         with pytest.raises(DataError, match="cannot scale a map of shape"):
             enlarge(np.zeros(shape, np.float32), *size)
-
-
-def test_overlay() -> None:
-    image = noise(8, 10, 3)
-    anomaly_map = np.zeros((4, 5), np.float32)
-    np.testing.assert_array_equal(overlay(image, anomaly_map, low=0.0, high=1.0), image)
-    # The last colour of Turbo (Mikhailov 2019) is (0.4796, 0.0158, 0.0106), shown with 70 % over black.
-    hot = overlay(np.zeros((8, 10, 3), np.uint8), anomaly_map + 5, low=0.0, high=1.0)
-    assert (np.abs(hot - 0.7 * 255 * np.array([0.4796, 0.0158, 0.0106])) <= 1).all()
-    anomaly_map[0, 0] = 1
-    blended = overlay(image, anomaly_map, low=0.5, high=1.0)
-    assert (blended[:1, :1] != image[:1, :1]).any()
-    np.testing.assert_array_equal(blended[4:, 5:], image[4:, 5:])
-
-
-def test_overlay_refuses() -> None:
-    image, anomaly_map = noise(8, 8, 3), np.zeros((4, 4), np.float32)
-    for low, high in ((1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0), (0.0, float("inf"))):
-        with pytest.raises(DataError, match="low below high"):
-            overlay(image, anomaly_map, low=low, high=high)
-    anomaly_map[1, 1] = np.nan
-    with pytest.raises(DataError, match="not finite"):
-        overlay(image, anomaly_map, low=0.0, high=1.0)

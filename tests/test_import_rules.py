@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "runtime.executor": (*DEVICE, "judge"),
     "runtime.worker": (*DEVICE, "judge"),
     "calibration": ("errors",),
+    "heat": ("errors", "image"),
     "image_facts": ("errors",),
     "health": ("errors", "image_facts"),
     "recalibrate": (*DEVICE, "calibration", "health", "judge"),
@@ -49,7 +50,16 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "doctor.child": (*DEVICE, "doctor", "machine", "gpu_state", "flavour", "engines"),
     "doctor.system": ("doctor", "engines.cache"),
     "evaluate": (*DEVICE, "detector", "metrics", "by_size", "machine", "training.data"),
-    "report": (*DEVICE, "detector", "metrics", "by_size", "machine", "evaluate", "training.data"),
+    "report": (
+        *DEVICE,
+        "heat",
+        "detector",
+        "metrics",
+        "by_size",
+        "machine",
+        "evaluate",
+        "training.data",
+    ),
     "methods": ("errors",),  # and, by the names in its dictionary, what implements them
     "models": ("errors", "files", "image", "models", "training.session"),  # the latter for its type
     "models.protoad": ("errors", "files", "image", "models", "training.finch", "training.session"),
@@ -80,7 +90,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     ),
     "export.reduce": ("errors", "image", "metrics", "models", "training", "export"),
     "export.parity": ("errors", "image", "bundle", "models", "training.data", "runtime"),
-    "line": (*DEVICE, "health", "judge", "line"),
+    "line": (*DEVICE, "health", "heat", "judge", "line"),
     "flavour": ("errors",),
     "engine": ("errors", "flavour", "jetson"),
     "engines": (
@@ -96,7 +106,15 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "benchmarks": None,
 }
 # May import everything, but inside functions, so that --help is quick and works with the core alone.
-COMMAND_LINE = ("cli", "commands", "device_commands", "line_commands", "demo", "__main__")
+COMMAND_LINE = (
+    "cli",
+    "cli_training",
+    "commands",
+    "device_commands",
+    "line_commands",
+    "demo",
+    "__main__",
+)
 
 # Library -> modules that may import it. "(lazy)": inside functions only.
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -119,7 +137,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pycuda": ("runtime.cuda", "engines"),
     "pynvml": ("gpu_state (lazy)",),
     "ray": ("benchmarks.accuracy_workers (lazy)",),
-    "cv2": ("image", "line", "training", "benchmarks", "metrics (lazy)", "report (lazy)"),
+    "cv2": ("heat", "image", "line", "training", "benchmarks", "metrics (lazy)", "report (lazy)"),
     "pickle": ("models.files",),  # for the name of the error that torch.load(weights_only=True) raises
     **dict.fromkeys(("marshal", "shelve", "dill", "joblib", "cloudpickle"), ()),
 }

@@ -18,7 +18,14 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("export", "engines", "benchmarks")
-DATA = ("py.typed", "*.jinja", "line/status/page.*", "line/status/*.js", "weights/*.safetensors", "weights/*.md")
+DATA = (
+    "py.typed",
+    "*.jinja",
+    "line/status/page.*",
+    "line/status/*.js",
+    "weights/*.safetensors",
+    "weights/*.md",
+)
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "edgead", *MAPPED)
 
 # The device's path has to import with the core dependencies alone; modules with these prefixes need not.

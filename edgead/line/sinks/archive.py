@@ -28,7 +28,8 @@ import numpy as np
 
 from edgead.errors import DataError, LineError
 from edgead.files import write_bytes
-from edgead.image import overlay, write_image
+from edgead.heat import heat_map
+from edgead.image import write_image
 from edgead.line.interfaces import Controls, Picture
 from edgead.line.sinks.payload import encode
 from edgead.line.verdicts import Record, Verdict
@@ -279,12 +280,12 @@ def _key(record: Record) -> _Key:
 
 
 def _heat(record: Record, picture: Picture) -> np.ndarray | None:
-    """The heat map over the image, on one scale for all parts: dark red from twice the threshold on."""
+    """The heat map over the image; without a threshold, on a scale of the part's own."""
     if picture.anomaly_map is None:
         return None
     threshold = record.threshold or float(picture.anomaly_map.max()) / 2
     try:
-        return overlay(picture.image, picture.anomaly_map, low=0.0, high=2 * max(threshold, 1e-6))
+        return heat_map(picture.image, picture.anomaly_map, threshold)
     except DataError as error:
         logger.error("part %d: no heat map: %s", record.part_id, error)
         return None

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from edgead.errors import DataError
-from edgead.image import overlay
+from edgead.heat import heat_map
 from edgead.line.interfaces import Picture
 from edgead.line.verdicts import Record, Verdict
 
@@ -116,10 +116,7 @@ NG_KINDS: dict[str, Callable[[Pictures, int], tuple[Record, bytes]]] = {
 
 
 def shown(record: Record, picture: Picture, longer_px: int, *, with_heat: bool) -> np.ndarray:
-    """The image, at most `longer_px` on its longer side, and over it the heat map where there is one.
-
-    Heat begins 40 % below the threshold, so that good images show unchanged; strongest it is 80 % above.
-    """
+    """The image, at most `longer_px` on its longer side, and over it the heat map where there is one."""
     image = picture.image
     height_px, width_px = image.shape[:2]
     scale = longer_px / max(height_px, width_px)
@@ -128,14 +125,8 @@ def shown(record: Record, picture: Picture, longer_px: int, *, with_heat: bool) 
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     if not with_heat or picture.anomaly_map is None or record.threshold is None:
         return image
-    span = max(abs(record.threshold), 1e-6)
     try:
-        return overlay(
-            image,
-            picture.anomaly_map,
-            low=record.threshold - 0.4 * span,
-            high=record.threshold + 0.8 * span,
-        )
+        return heat_map(image, picture.anomaly_map, record.threshold)
     except DataError as error:
         logger.debug("part %d: no heat map: %s", record.part_id, error)
         return image

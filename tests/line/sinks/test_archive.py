@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from edgead.errors import DataError, LineError
-from edgead.image import overlay, read_image
+from edgead.heat import heat_map
+from edgead.image import read_image
 from edgead.line.interfaces import Picture
 from edgead.line.sinks import archive
 from edgead.line.sinks.archive import Archive, Config, is_in_sample, open_sink
@@ -58,7 +59,7 @@ def test_a_part_that_is_not_ok_is_kept_as_it_was(tmp_path: Path, make_record: Ma
         "lossless, in the right order"
     )
     assert shown.anomaly_map is not None
-    expected = overlay(shown.image, shown.anomaly_map, low=0.0, high=1.0)
+    expected = heat_map(shown.image, shown.anomaly_map, 0.5)
     heat = read_image(folder / f"{stem}.heat.jpg")
     assert np.abs(heat.astype(float) - expected).mean() < 5, "but for the JPEG"
     assert Record.from_dict(json.loads((folder / f"{stem}.json").read_text())) == record
