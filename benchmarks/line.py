@@ -258,7 +258,7 @@ def promise(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def kills(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """`kill -9` at random moments."""
     faults = KILLS.format(seed=arguments.seed)
-    seconds = 0.75 * arguments.count
+    seconds = 1.7 * arguments.count
     report = simulation(faults, seconds=seconds, rate_hz=100, parts=0, model_ms=2)
     return report, _promise_page(report)
 

@@ -67,9 +67,12 @@ def reference() -> str:
     parts += ["### [[camera.recipe]]", "", *rows(Inspection), ""]
     for title, package, kinds in (("source", "sources", SOURCES), ("[[sink]]", "sinks", SINKS)):
         for kind, module in kinds.items():
-            config = importlib.import_module(f"edgead.line.{package}.{module}").Config
+            home = importlib.import_module(f"edgead.line.{package}.{module}")
+            config = home.Config
             summary = (config.__doc__ or "").split("\n\n")[0].replace("\n    ", " ")
             parts += [f'### {title} of kind = "{kind}"', "", summary, "", *rows(config), ""]
+            if kind in ("modbus", "opcua"):  # their registers and nodes
+                parts += [(home.__doc__ or "").partition("\n\n")[2].strip(), ""]
     parts += ["### [[fault]] of a file of faults", "", *rows(Fault), ""]
     return "\n".join(parts)
 
