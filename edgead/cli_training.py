@@ -45,7 +45,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--method", choices=METHODS, default=next(iter(METHODS)))
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     sub.add_argument(
-        "--teacher", type=Path, help="PDN teacher file (default: the PDN-S that comes with edgead)"
+        "--teacher",
+        type=Path,
+        help="PDN teacher file (default: the one of this size that comes with edgead)",
     )
     sub.add_argument(
         "--penalty", type=Path, metavar="IMAGES", help="folder of natural images for the penalty"

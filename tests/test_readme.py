@@ -50,6 +50,7 @@ def test_make_targets_and_files_that_it_names_exist() -> None:
         "CONTRIBUTING.md",
         "CHANGELOG.md",
         "edgead/weights/pdn_small.md",
+        "edgead/weights/pdn_medium.md",
         "edgead/bundle.py",
         "docs/boxes.md",
         "docs/runtime.md",
