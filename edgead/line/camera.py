@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from edgead.errors import LineError
 from edgead.health import HealthCheck
+from edgead.line.bundles import Bundles
 from edgead.line.inspector import Inspector
 from edgead.line.interfaces import Shot, Source
 from edgead.line.ledger import Ledger, Part
@@ -83,6 +85,20 @@ class Camera:
         """That holds for a recipe now."""
         own = self.thresholds[recipe]
         return inspector.threshold if own is None else own
+
+    def state(self, bundles: Bundles, queue: int) -> dict[str, Any]:
+        """For `Controls.state`; `queue` is how many of its images wait."""
+        inspector = bundles.get(self.inspection.bundle)
+        return {
+            "recipe": self.recipe,
+            "recipes": [bundles.name(recipe.bundle) for recipe in self.config.recipes],
+            "threshold": None if inspector is None else self.threshold(self.recipe, inspector),
+            "deadline_ms": self.config.deadline_ms,
+            "queue": queue,
+            "open_parts": len(self.ledger),
+            "source": {**self.counts},
+            "failure": self.failure,
+        }
 
     def awaited_part(self, now_ns: int) -> Part | None:
         """The part that an image belongs to which the PLC asked for; None if nobody asked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from edgead.line.camera import Camera
 from edgead.line.interfaces import Picture
@@ -32,11 +33,6 @@ class Desk:
         self._journal = journal
         self._reject = frozenset(Verdict(verdict) for verdict in reject)
         self._unix_offset_ns = time.time_ns() - time.monotonic_ns()
-
-    @property
-    def journal_failures(self) -> int:
-        """Lines that the disk refused."""
-        return self._journal.failures
 
     def begin(self, outlets: Mapping[str, Outlet]) -> None:
         """Parts that a crash left open become ERROR, and sinks get the last records that they lack."""
@@ -100,6 +96,13 @@ class Desk:
             picture = None if part.region is None else Picture(part.region, part.anomaly_map)
             for outlet in self.outlets.values():
                 outlet.put(record, picture if outlet.wants_pictures else None)
+
+    def state(self) -> dict[str, Any]:
+        """Counters of the journal and of the sinks, for `Controls.state`; any thread."""
+        return {
+            "journal_failures": self._journal.failures,
+            "sinks": {name: dict(outlet.counters()) for name, outlet in self.outlets.items()},
+        }
 
     def close(self, timeout_s: float) -> dict[str, int]:
         """Ends sinks and journal; returns how many records each sink could not write any more."""

@@ -187,30 +187,19 @@ class Line:
     def state(self) -> dict[str, Any]:
         """See `Controls`."""
         with self._lock:
-            cameras: dict[str, dict[str, Any]] = {
-                camera.name: {
-                    "recipe": camera.recipe,
-                    "recipes": [self._bundles.name(recipe.bundle) for recipe in camera.config.recipes],
-                    "threshold": self._threshold(camera),
-                    "deadline_ms": camera.config.deadline_ms,
-                    "queue": self._waiting.count(camera.name),
-                    "open_parts": len(camera.ledger),
-                    "source": {**camera.counts},
-                    "failure": camera.failure,
-                }
-                for camera in self._cameras.values()
+            cameras = {
+                name: camera.state(self._bundles, self._waiting.count(name))
+                for name, camera in self._cameras.items()
             }
             is_ready = not self._is_stopping and self._bundles.are_ready
-            journal_failures = self._desk.journal_failures
-        for camera in self._cameras.values():
-            cameras[camera.name]["source"].update(camera.source.counters())
+        for name, camera in self._cameras.items():
+            cameras[name]["source"].update(camera.source.counters())
         return {
             "name": self.name,
             "ready": is_ready,
             "uptime_s": time.monotonic() - self._started_s,
-            "journal_failures": journal_failures,
             "cameras": cameras,
-            "sinks": {name: dict(outlet.counters()) for name, outlet in self._desk.outlets.items()},
+            **self._desk.state(),
         }
 
     def swap(self, path: Path, new: Path) -> None:
@@ -430,10 +419,6 @@ class Line:
             if outlet.is_stalled(self._stall_ns / 1e9):
                 logger.error("sink %s hangs: it is opened again", name)
                 outlet.restart()
-
-    def _threshold(self, camera: Camera) -> float | None:
-        inspector = self._bundles.get(camera.inspection.bundle)
-        return None if inspector is None else camera.threshold(camera.recipe, inspector)
 
     def _camera(self, name: str) -> Camera:
         if name not in self._cameras:
