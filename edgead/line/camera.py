@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from edgead.errors import LineError
+from edgead.errors import DataError, LineError
 from edgead.health import HealthCheck
 from edgead.line.bundles import Bundles
 from edgead.line.inspector import Inspector
 from edgead.line.interfaces import Shot, Source
-from edgead.line.ledger import Ledger, Part
+from edgead.line.ledger import Decision, Ledger, Part
 from edgead.line.pixels import to_rgb
 from edgead.line.recipe import CameraConfig, Inspection
 
@@ -29,6 +29,9 @@ class Job:
     Attributes:
         region: uint8 [H, W, 3] RGB, what is inspected of the shot; None is all of it, not decoded yet.
         is_gone: It was given up: whatever comes back is not heard.
+        is_fit: Whether its image is fit to be inspected; None while that is still looked at, beside the
+            inference, whose answer then waits.
+        answer: What the model said before that was known.
     """
 
     camera: Camera
@@ -39,6 +42,8 @@ class Job:
     threshold: float = 0.0
     start_ns: int = 0
     is_gone: bool = False
+    is_fit: bool | None = None
+    answer: Decision | None = None
 
     @property
     def deadline_ns(self) -> int:
@@ -109,28 +114,28 @@ class Camera:
         self.counts["unexpected"] += 1
         return None
 
-    def look(
-        self, shot: Shot, recipe: int, inspector: Inspector | None, *, decode: bool
-    ) -> tuple[np.ndarray | None, str | None]:
-        """Checks an image before it is inspected, in the thread of its source.
+    def region(self, shot: Shot, recipe: int, *, decode: bool) -> np.ndarray | None:
+        """What is inspected of an image, in the thread of its source.
 
         Returns:
-            What is inspected of it, uint8 [H, W, 3] RGB, if that is not all or if `decode` asks for it;
-            and why it must not be inspected, if so.
+            uint8 [H, W, 3] RGB, if that is not all of it or if `decode` asks for it.
+
+        Raises:
+            LineError: There is no image, or it does not fit the recipe.
         """
         if shot.image is None:
-            return None, shot.problem or "the image was lost"
+            raise LineError(shot.problem or "the image was lost")
+        roi = self.config.recipes[recipe].roi_px
+        region = to_rgb(shot) if decode or roi or shot.pixels not in PLAIN_PIXELS else None
+        return region if roi is None or region is None else _crop(region, *roi)
+
+    def problem(self, image: np.ndarray, recipe: int, inspector: Inspector | None) -> str | None:
+        """Why an image is not fit to be inspected, if so; in the thread of its source."""
+        check = self._check(recipe, inspector)
         try:
-            roi = self.config.recipes[recipe].roi_px
-            region = to_rgb(shot) if decode or roi or shot.pixels not in PLAIN_PIXELS else None
-            if roi is not None and region is not None:
-                region = _crop(region, *roi)
-            check = self._check(recipe, inspector)
-            if check is None:
-                return region, None
-            return region, check.problem(shot.image if region is None else region)
-        except LineError as error:
-            return None, str(error)
+            return None if check is None else check.problem(image)
+        except DataError as error:
+            return str(error)
 
     def _check(self, recipe: int, inspector: Inspector | None) -> HealthCheck | None:
         if not self.config.health or inspector is None:

@@ -249,14 +249,27 @@ class Line:
             else:
                 part = self._open(camera, shot.trigger_ns, None)
         part.origin, part.frame_id, part.exposure_ns = shot.origin, shot.frame_id, shot.exposure_ns
-        inspector = self._bundles.get(camera.config.recipes[part.recipe].bundle)
-        region, problem = camera.look(shot, part.recipe, inspector, decode=self._desk.wants_pictures)
+        try:
+            region = camera.region(shot, part.recipe, decode=self._desk.wants_pictures)
+        except LineError as error:
+            with self._lock:
+                self._desk.decide(camera, part, Verdict.NOT_INSPECTED, str(error))
+            return
         part.region = region
+        job = Job(camera, part, shot, region)
         with self._lock:
+            self._queue(job)
+        # Beside the inference: what it finds is there sooner than the answer, mostly.
+        image = shot.image if region is None else region
+        assert image is not None
+        inspector = self._bundles.get(camera.config.recipes[part.recipe].bundle)
+        problem = camera.problem(image, part.recipe, inspector)
+        with self._lock:
+            job.is_fit = problem is None
             if problem is not None:
                 self._desk.decide(camera, part, Verdict.NOT_INSPECTED, problem)
-                return
-            self._queue(Job(camera, part, shot, region))
+            elif job.answer is not None:
+                self._desk.answer(camera, part, job.answer)
             while (
                 camera.config.grab == "wait"
                 and self._waiting.count(camera.name) >= camera.config.queue
@@ -326,7 +339,10 @@ class Line:
     def _next_job(self) -> Job | None:
         if len(self._flying) >= self._limit:
             return None
-        return self._waiting.take(time.monotonic_ns(), self._needs_ns)
+        while (job := self._waiting.take(time.monotonic_ns(), self._needs_ns)) is not None:
+            if job.part.decision is None:
+                return job
+        return None
 
     def _needs_ns(self, job: Job) -> int:
         inspector = self._bundles.get(job.camera.config.recipes[job.part.recipe].bundle)
@@ -364,7 +380,10 @@ class Line:
             else:
                 kind = "" if isinstance(answer, EdgeADError) else f"{type(answer).__name__}: "
                 decision = Decision(Verdict.ERROR, f"{kind}{answer}", now_ns, start_ns=job.start_ns)
-            self._desk.answer(camera, part, decision)
+            if job.is_fit is None:
+                job.answer = decision
+            elif job.is_fit:
+                self._desk.answer(camera, part, decision)
         inspector.leave()
 
     # --- deadlines and faults
