@@ -151,11 +151,11 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
 def latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """All loads and numbers of cameras."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    bundle, model_ms = arguments.bundle, arguments.model_ms
+    bundle, set_ms = arguments.bundle, arguments.model_ms
     images = [read_image(path) for path in list_images(arguments.images)[:32]]
     if arguments.stand_in:
-        open_model: Open = lambda bundle: StandIn(bundle, model_ms)  # noqa: E731
-        what = f"a stand-in that takes {model_ms:g} ms"
+        open_model: Open = lambda bundle: StandIn(bundle, set_ms)  # noqa: E731
+        what = f"a stand-in that takes {set_ms:g} ms"
     else:
         open_model = bundle_opener(arguments.backend, None)
         what = f"{bundle.name}"

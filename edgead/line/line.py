@@ -259,6 +259,7 @@ class Line:
         job = Job(camera, part, shot, region)
         with self._lock:
             self._queue(job)
+        self._dispatch_one()  # an idle device gets it without waiting for another thread
         # Beside the inference: what it finds is there sooner than the answer, mostly.
         image = shot.image if region is None else region
         assert image is not None
@@ -296,7 +297,6 @@ class Line:
                 camera, older.part, Verdict.NOT_INSPECTED, "a newer image came before its turn"
             )
         self._waiting.put(camera.name, job)
-        self._work.notify()
 
     def _open(self, camera: Camera, trigger_ns: int, tag: int | None) -> Part:
         bundle = self._bundles.name(camera.inspection.bundle)
@@ -310,31 +310,40 @@ class Line:
     def _dispatch(self) -> None:
         while not self._is_closed:
             self.beats[0] += 1
-            with self._lock:
-                job = self._next_job()
-                if job is None:
-                    self._work.wait(PULSE_S)
-                    continue
-                recipe = job.part.recipe
-                inspector = self._bundles.enter(job.camera.config.recipes[recipe].bundle)
-                if inspector is None:
-                    self._desk.decide(
-                        job.camera, job.part, Verdict.ERROR, "its bundle is being loaded again"
-                    )
-                    continue
-                job.inspector = inspector
-                job.threshold = job.camera.threshold(recipe, inspector)
-                job.start_ns = time.monotonic_ns()
-                self._flying.append(job)
-                self._room.notify_all()
-            try:
-                future = inspector.submit(job.shot, job.region)
-            except Exception as error:
-                self._answer(job, error)
-                if isinstance(error, BackendError):  # the executor is closed for good
-                    self._bundles.renew(inspector, str(error))
-            else:
-                future.add_done_callback(functools.partial(self._answer_future, job))
+            if not self._dispatch_one():
+                with self._lock:
+                    if not self._may_dispatch():
+                        self._work.wait(PULSE_S)
+
+    def _may_dispatch(self) -> bool:
+        return len(self._waiting) > 0 and len(self._flying) < self._limit
+
+    def _dispatch_one(self) -> bool:
+        """Gives the next image to its model, in whatever thread; False if there is none, or no room."""
+        with self._lock:
+            job = self._next_job()
+            if job is None:
+                return False
+            recipe = job.part.recipe
+            inspector = self._bundles.enter(job.camera.config.recipes[recipe].bundle)
+            if inspector is None:
+                reason = "its bundle is being loaded again"
+                self._desk.decide(job.camera, job.part, Verdict.ERROR, reason)
+                return True
+            job.inspector = inspector
+            job.threshold = job.camera.threshold(recipe, inspector)
+            job.start_ns = time.monotonic_ns()
+            self._flying.append(job)
+            self._room.notify_all()
+        try:
+            future = inspector.submit(job.shot, job.region)
+        except Exception as error:
+            self._answer(job, error)
+            if isinstance(error, BackendError):  # the executor is closed for good
+                self._bundles.renew(inspector, str(error))
+        else:
+            future.add_done_callback(functools.partial(self._answer_future, job))
+        return True
 
     def _next_job(self) -> Job | None:
         if len(self._flying) >= self._limit:
