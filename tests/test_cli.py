@@ -54,7 +54,9 @@ def test_train_export_inspect_predict_evaluate(
     )  # fmt: skip
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [row["path"] for row in rows] == [str(path) for path in test_images]
-    assert all(set(row) == {"path", "score", "is_anomalous", "threshold", "elapsed_ms"} for row in rows)
+    names = {"path", "score", "relative_score", "is_anomalous", "threshold", "elapsed_ms"}
+    assert all(set(row) == names for row in rows)
+    assert all(row["relative_score"] == row["score"] / row["threshold"] for row in rows)
     assert all(row["is_anomalous"] == (row["score"] >= row["threshold"]) for row in rows)
     pictures = list_images(heatmaps)
     assert len(pictures) == len(rows)

@@ -364,36 +364,21 @@ class Line:
     def _answer(self, job: Job, answer: Result | BaseException) -> None:
         """In the executor's thread: what a model says becomes the verdict, if it is in time."""
         now_ns = time.monotonic_ns()
-        camera, part, inspector = job.camera, job.part, job.inspector
+        inspector = job.inspector
         assert inspector is not None
         with self._lock:
-            if job.is_gone or self._is_closed:
-                return
-            self._flying.remove(job)
-            self._work.notify()
-            if isinstance(answer, Result):
-                inspector.note_time(now_ns - job.start_ns)
-                threshold = job.threshold
-                is_bad = answer.score >= threshold
-                sign = ">=" if is_bad else "<"
-                decision = Decision(
-                    Verdict.NG if is_bad else Verdict.OK,
-                    f"score {answer.score:.4g} {sign} threshold {threshold:.4g}",
-                    now_ns,
-                    score=answer.score,
-                    threshold=threshold,
-                    start_ns=job.start_ns,
-                    end_ns=now_ns,
-                )
-                part.anomaly_map = answer.anomaly_map
-            else:
-                kind = "" if isinstance(answer, EdgeADError) else f"{type(answer).__name__}: "
-                decision = Decision(Verdict.ERROR, f"{kind}{answer}", now_ns, start_ns=job.start_ns)
-            if job.is_fit is None:
-                job.answer = decision
-            elif job.is_fit:
-                self._desk.answer(camera, part, decision)
-        inspector.leave()
+            if not (job.is_gone or self._is_closed):
+                self._flying.remove(job)
+                self._work.notify()
+                if isinstance(answer, Result):
+                    inspector.note_time(now_ns - job.start_ns)
+                    job.part.anomaly_map = answer.anomaly_map
+                decision = _decision(job, answer, now_ns)
+                if job.is_fit is None:
+                    job.answer = decision
+                elif job.is_fit:
+                    self._desk.answer(job.camera, job.part, decision)
+        inspector.leave()  # in any case: it is closed when the last one has left
 
     # --- deadlines and faults
 
@@ -452,3 +437,20 @@ class Line:
         if name not in self._cameras:
             raise LineError(f"there is no camera {name!r}: {', '.join(self._cameras)}")
         return self._cameras[name]
+
+
+def _decision(job: Job, answer: Result | BaseException, now_ns: int) -> Decision:
+    if not isinstance(answer, Result):
+        kind = "" if isinstance(answer, EdgeADError) else f"{type(answer).__name__}: "
+        return Decision(Verdict.ERROR, f"{kind}{answer}", now_ns, start_ns=job.start_ns)
+    is_bad = answer.score >= job.threshold
+    sign = ">=" if is_bad else "<"
+    return Decision(
+        Verdict.NG if is_bad else Verdict.OK,
+        f"score {answer.score:.4g} {sign} threshold {job.threshold:.4g}",
+        now_ns,
+        score=answer.score,
+        threshold=job.threshold,
+        start_ns=job.start_ns,
+        end_ns=now_ns,
+    )

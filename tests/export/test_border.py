@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from edgead import cli
+from edgead import cli, cli_training
 from edgead.bundle import Bundle
 from edgead.detector import load
 from edgead.export.graph import MergedGraph
@@ -106,4 +106,4 @@ def test_folds_stay_exact(size: str) -> None:
 
 def test_command_line_offers_the_borders_that_there_are() -> None:
     arguments = cli.build_parser().parse_args(["train", "d", "--out", "r", "--border", "reflect"])
-    assert arguments.border == "reflect" and cli.BORDERS == BORDERS
+    assert arguments.border == "reflect" and cli_training.BORDERS == BORDERS

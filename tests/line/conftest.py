@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -156,3 +157,7 @@ def bench(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     yield start
     for line in started:
         line.stop(0.2)
+    end_s = time.monotonic() + 20
+    while any(thread.name == "edgead-executor" for thread in threading.enumerate()):
+        assert time.monotonic() < end_s, "an executor was not closed"
+        time.sleep(0.01)
