@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspection_commands(command)
     _add_build(command)
     _add_doctor(command)
-    line_commands.add_commands(command)
+    line_commands.add_commands(command, BACKENDS)
     text = "Show or tidy the engines that were built on this device."
     engines = subparsers.add_parser("engines", help=text, description=text)
     _add_engine_commands(_adder(engines.add_subparsers(dest="verb", required=True, metavar="VERB")))

@@ -11,10 +11,8 @@ from typing import Any
 
 from edgead.errors import LineError
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "torch-cuda", "openvino", "onnxruntime")
 
-
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+def add_commands(command: Callable[..., argparse.ArgumentParser], backends: tuple[str, ...]) -> None:
     """Adds them to the command line."""
     sub = command("run", run, "Run a line from its recipe file, or replay images through a bundle.")
     sub.add_argument("what", type=Path, metavar="line.toml|X.edgead")
@@ -37,7 +35,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="JSON lines, one per part, written anew (default: results.jsonl)",
     )
     group.add_argument("--deadline-ms", type=float, metavar="MS", help="LATE after this (default: 1000)")
-    group.add_argument("--backend", choices=("auto", *BACKENDS), help="(default: auto)")
+    group.add_argument("--backend", choices=("auto", *backends), help="(default: auto)")
 
     sub = command("simulate", simulate, "Run a line with faults, and report what became of each part.")
     sub.add_argument("recipe", type=Path, metavar="line.toml")

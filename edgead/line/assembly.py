@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,13 +15,9 @@ from edgead.line.interfaces import Controls, Sink, Source
 from edgead.line.journal import Journal
 from edgead.line.line import Line
 from edgead.line.outlet import Outlet
-from edgead.line.recipe import CameraConfig, Recipe, SinkConfig, open_config
+from edgead.line.recipe import FILES, CameraConfig, Recipe, SinkConfig, open_config
 from edgead.line.sinks import SINKS
 from edgead.line.sources import SOURCES
-
-logger = logging.getLogger(__name__)
-
-FILES = ("folder", "video")
 
 
 def open_source(config: CameraConfig) -> Source:

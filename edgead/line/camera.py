@@ -51,7 +51,7 @@ class Job:
 
 
 class Camera:
-    """State of one camera. All but `look` is called under the line's lock.
+    """State of one camera. All but `region` and `problem` is called under the line's lock.
 
     Attributes:
         recipe: Index of the recipe in use.

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from edgead.line.tables import Tables
 from edgead.line.verdicts import Record
 from edgead.runtime.backend import Backend, Slot, TensorSpec
 
-KINDS = (
+Kind = Literal[
     "jitter",
     "burst",
     "lost",
@@ -40,8 +40,8 @@ KINDS = (
     "model-error",
     "model-hang",
     "kill",
-)
-Kind = Literal[KINDS]  # type: ignore[valid-type]
+]
+KINDS: tuple[str, ...] = get_args(Kind)
 OF_CAMERAS = ("jitter", "burst", "lost", "duplicate", "unplug", "dark")
 OF_SINKS = ("slow-sink", "dead-sink")
 

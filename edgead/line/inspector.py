@@ -77,13 +77,8 @@ class Inspector:
         self.needs_ns = 0
         self._times_ns: deque[int] = deque(maxlen=RECENT)
         self._guests = 0
-        self._is_retired = False
+        self._is_retired = self._is_closed = False
         self._lock = threading.Lock()
-
-    @property
-    def backend(self) -> str:
-        """Back end and precision, for people."""
-        return f"{self._executor.backend} ({self._executor.precision})"
 
     def enter(self) -> bool:
         """Takes a part on: `leave` has to follow. False if it was retired."""
@@ -139,9 +134,9 @@ class Inspector:
 
     def _close_if_empty(self) -> None:
         with self._lock:
-            if not self._is_retired or self._guests > 0:
+            if not self._is_retired or self._guests > 0 or self._is_closed:
                 return
-            self._guests = 1 << 40  # once
+            self._is_closed = True
         # Not in the thread of a callback, which is the executor's own, nor in one that must not wait.
         threading.Thread(target=self._executor.close, kwargs={"wait": False}, daemon=True).start()
 

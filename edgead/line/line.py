@@ -428,9 +428,8 @@ class Line:
             assert inspector is not None
             self._bundles.has_hung = True
             self._bundles.renew(inspector, f"no answer for {self._stall_ns / 1e9:g} s")
-        for name, outlet in self._desk.outlets.items():
+        for outlet in self._desk.outlets.values():
             if outlet.is_stalled(self._stall_ns / 1e9):
-                logger.error("sink %s hangs: it is opened again", name)
                 outlet.restart()
 
     def _camera(self, name: str) -> Camera:

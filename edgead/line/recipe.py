@@ -17,6 +17,7 @@ from edgead.line.tables import Key, Tables
 from edgead.line.verdicts import Verdict
 
 DEADLINE_MS = (0.5, 600_000)
+FILES = ("folder", "video")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,10 @@ class CameraConfig:
             f"deadline_ms is {self.deadline_ms:g}, expected {low:g} to {high:g}",
         )
         _need(1 <= self.queue <= 10_000, f"queue is {self.queue}, expected 1 to 10000")
-        files = self.kind in ("folder", "video")
-        _need(self.grab != "wait" or files, "grab is 'wait', which is for files: cameras do not wait")
+        _need(
+            self.grab != "wait" or self.kind in FILES,
+            "grab is 'wait', which is for files: cameras do not wait",
+        )
         known = range(len(self.recipes))
         _need(self.start_recipe in known, f"start_recipe is {self.start_recipe}, there are {len(known)}")
         timeout = self.image_timeout_ms

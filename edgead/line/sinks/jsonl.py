@@ -20,12 +20,12 @@ from pathlib import Path
 
 from edgead.errors import LineError
 from edgead.line.interfaces import Controls, Picture
+from edgead.line.journal import SYNCS
 from edgead.line.sinks.payload import encode
 from edgead.line.verdicts import Record
 
 logger = logging.getLogger(__name__)
 
-SYNCS = ("never", "second", "always")
 SYNC_PERIOD_S = 1.0
 
 _START = b'{"part_id": '
