@@ -232,6 +232,8 @@ class Line:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
             camera.source.close()
+            if self._is_stopping:
+                break
             try:
                 camera.source = camera.reopen()
             except LineError as error:

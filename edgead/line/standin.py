@@ -40,7 +40,6 @@ class StandIn:
             SCORE: TensorSpec(SCORE, "float32", (None,)),
             ANOMALY_MAP: TensorSpec(ANOMALY_MAP, "float32", (None, *manifest.map_shape)),
         }
-        self._replays = len(self._golden)
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Waits, then answers."""
@@ -54,16 +53,13 @@ class StandIn:
     def open_slot(self, batch: int = 1) -> Slot:
         """Buffers on the host."""
         zeros = np.zeros(self.inputs[CALIBRATION].shape[0] or 0, np.float32)
-        self._replays = 0  # from now on parts are inspected
         return HostSlot(self, batch, zeros, lambda call: None)
 
     def close(self) -> None:
         """There is nothing to close."""
 
     def _answer(self, image: np.ndarray) -> tuple[float, np.ndarray]:
-        if self._replays > 0:
-            self._replays -= 1
-            score, map_ = self._golden.get(zlib.crc32(image.tobytes()), (0.0, self._map))
-            return float(score), map_
+        if (known := self._golden.get(zlib.crc32(image.tobytes()))) is not None:
+            return float(known[0]), known[1]
         red, green, blue = image[0, 0].tolist()
         return (self._bad if red > 200 and max(green, blue) < 100 else self._good), self._map
