@@ -99,22 +99,30 @@ def simulate(
     for old in (*out.glob("fates*.jsonl"), *out.glob("journal/*.log"), *out.glob("hits-*.json")):
         old.unlink()
     start_ns = time.monotonic_ns()
-    arguments = [str(recipe_file), str(out), str(start_ns), str(stand_in_ms), str(for_s)]
-    arguments += [] if faults_file is None else [str(faults_file)]
+    life = {
+        "recipe": str(recipe_file),
+        "faults": None if faults_file is None else str(faults_file),
+        "out": str(out),
+        "start_ns": start_ns,
+        "stand_in_ms": stand_in_ms,
+        "for_s": for_s,
+    }
     kills = 0
-    while True:
-        done = subprocess.run([sys.executable, "-m", "edgead.line.simulate", *arguments])
-        if done.returncode != -signal.SIGKILL:
-            break
+    while (status := _live(life)) == -signal.SIGKILL:
         kills += 1
-    if done.returncode == UNWRITTEN:  # a sink was down to the end; the next start has to make up for it
-        arguments[4:] = [str((time.monotonic_ns() - start_ns) / 1e9 + SETTLE_S)]
-        done = subprocess.run([sys.executable, "-m", "edgead.line.simulate", *arguments])
-    if done.returncode:
-        raise LineError(f"the line ended with status {done.returncode}, see above")
+    if status == UNWRITTEN:  # a sink was down to the end; the next start has to make up for it
+        end_s = (time.monotonic_ns() - start_ns) / 1e9 + SETTLE_S
+        status = _live(life | {"faults": None, "for_s": end_s})
+    if status:
+        raise LineError(f"the line ended with status {status}, see above")
     report = _report(out, kills, (time.monotonic_ns() - start_ns) / 1e9)
     write_text(out / "report.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
     return report
+
+
+def _live(life: dict[str, Any]) -> int:
+    """One life of the process that is simulated; returns how it ended."""
+    return subprocess.run([sys.executable, "-m", "edgead.line.simulate", json.dumps(life)]).returncode
 
 
 def _faults(recipe: Recipe, file: Path | None) -> tuple[tuple[Fault, ...], int]:
@@ -156,12 +164,13 @@ def _lines(out: Path, name: str) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, file)
 
 
-def _child(arguments: list[str]) -> int:
-    """One life of the process that is simulated."""
-    recipe_file, out, start, stand_in, seconds, *faults_file = arguments
-    recipe = load(Path(recipe_file))
-    faults, seed = _faults(recipe, Path(faults_file[0]) if faults_file else None)
-    start_ns = int(start)
+def _child(life: dict[str, Any]) -> int:
+    """In that process; see `simulate` for what it is told."""
+    out, start_ns, stand_in_ms, for_s = (
+        life[key] for key in ("out", "start_ns", "stand_in_ms", "for_s")
+    )
+    recipe = load(Path(life["recipe"]))
+    faults, seed = _faults(recipe, Path(life["faults"]) if life["faults"] else None)
     day = Day(faults, seed, start_ns)
     fates = open_config(SINKS, "sinks", "jsonl").Config(path=Path(out) / FATES, rotate_mib=100_000)
     recipe = dataclasses.replace(
@@ -172,9 +181,9 @@ def _child(arguments: list[str]) -> int:
     models = bundle_opener(recipe.settings.backend, recipe.settings.threads)
 
     def open_model(bundle: Bundle) -> FaultyBackend:
-        if stand_in == "None":
+        if stand_in_ms is None:
             return FaultyBackend(models(bundle), day)
-        return FaultyBackend(StandIn(bundle, float(stand_in)), day)
+        return FaultyBackend(StandIn(bundle, stand_in_ms), day)
 
     def source(config: CameraConfig) -> Source:
         return FaultySource(assembly.open_source(config), config.name, day)
@@ -185,8 +194,8 @@ def _child(arguments: list[str]) -> int:
 
     def opened(recipe: Recipe) -> Line:
         line = assembly.open_line(recipe, open_model=open_model, source=source, sink=sink)
-        if seconds != "None":
-            end_s = float(seconds) - (time.monotonic_ns() - start_ns) / 1e9
+        if for_s is not None:
+            end_s = for_s - (time.monotonic_ns() - start_ns) / 1e9
             threading.Timer(max(end_s, 0.1), signal.raise_signal, (signal.SIGTERM,)).start()
         day.kill_when_due()
         return line
@@ -202,4 +211,4 @@ def _child(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_child(sys.argv[1:]))
+    sys.exit(_child(json.loads(sys.argv[1])))
