@@ -70,7 +70,8 @@ class Line:
         self._flying: list[Job] = []
         self._bundles = bundles
         self._threads: list[threading.Thread] = []
-        self._is_stopping = self._is_closed = False
+        self._stopping = threading.Event()
+        self._is_closed = False
 
     # --- putting it together
 
@@ -111,7 +112,7 @@ class Line:
         with self._lock:
             if self._is_closed:
                 return {}
-            self._is_stopping = True
+            self._stopping.set()
         for camera in self._cameras.values():
             camera.source.close()
         self._wait_until(lambda: not any(len(c.ledger) for c in self._cameras.values()), grace_s)
@@ -150,7 +151,7 @@ class Line:
                 'trigger = "plc" in the recipe file'
             )
         with self._lock:
-            if self._is_stopping:
+            if self._stopping.is_set():
                 raise LineError("the line is stopping")
             part = self._open(chosen, time.monotonic_ns(), tag)
             chosen.awaiting.append(part)
@@ -191,7 +192,7 @@ class Line:
                 name: camera.state(self._bundles, self._waiting.count(name))
                 for name, camera in self._cameras.items()
             }
-            is_ready = not self._is_stopping and self._bundles.are_ready
+            is_ready = not self._stopping.is_set() and self._bundles.are_ready
         for name, camera in self._cameras.items():
             cameras[name]["source"].update(camera.source.counters())
         return {
@@ -215,7 +216,7 @@ class Line:
     def _grab(self, camera: Camera) -> None:
         """The thread of a source, which is opened again if it fails."""
         pause_s, longest_s = REOPEN_BACKOFF_S
-        while not self._is_stopping:
+        while not self._stopping.is_set():
             try:
                 for shot in camera.source.shots():
                     self._take(camera, shot)
@@ -229,11 +230,10 @@ class Line:
                 logger.exception("camera %s", camera.name)
             if camera.reopen is None:
                 break
-            time.sleep(pause_s)
+            if self._stopping.wait(pause_s):
+                break
             pause_s = min(2 * pause_s, longest_s)
             camera.source.close()
-            if self._is_stopping:
-                break
             try:
                 camera.source = camera.reopen()
             except LineError as error:
@@ -242,7 +242,7 @@ class Line:
 
     def _take(self, camera: Camera, shot: Shot) -> None:
         with self._lock:
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             if camera.config.trigger == "plc":
                 part = camera.awaited_part(time.monotonic_ns())
@@ -276,7 +276,7 @@ class Line:
             while (
                 camera.config.grab == "wait"
                 and self._waiting.count(camera.name) >= camera.config.queue
-                and not self._is_stopping
+                and not self._stopping.is_set()
             ):
                 self._room.wait(PULSE_S)
 
@@ -414,7 +414,7 @@ class Line:
     def _is_done(self) -> bool:
         cameras = self._cameras.values()
         is_idle = not self._flying and not any(len(camera.ledger) for camera in cameras)
-        return is_idle and (self._is_stopping or all(camera.has_ended for camera in cameras))
+        return is_idle and (self._stopping.is_set() or all(camera.has_ended for camera in cameras))
 
     def check(self) -> None:
         """Starts anew what hangs; the watchdog calls it about once a second."""

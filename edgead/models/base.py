@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from edgead.errors import TrainingError
+
 
 class AnomalyModel(nn.Module):
     """Networks of one detector in plain form, which give raw anomaly maps of images.
@@ -60,3 +62,15 @@ class AnomalyModel(nn.Module):
     def score(self, maps: Tensor) -> Tensor:
         """Image scores [N] of calibrated maps: the largest value."""
         return maps.amax(dim=(1, 2))
+
+
+def check_length(steps: int | None, minutes: float | None) -> None:
+    """For the settings of methods that train in steps.
+
+    Raises:
+        TrainingError: less than one step, or no time at all.
+    """
+    if (steps is not None and steps < 1) or (minutes is not None and minutes <= 0):
+        raise TrainingError(
+            f"--steps {steps} / --minutes {minutes}: need at least one step, or more than 0 minutes"
+        )

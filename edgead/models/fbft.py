@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from edgead.errors import TrainingError
 from edgead.models import vit
-from edgead.models.base import AnomalyModel
+from edgead.models.base import AnomalyModel, check_length
 from edgead.models.files import WeightsInfo, read_state_dict
 from edgead.models.folding import set_precision
 from edgead.models.maps import as_weight, bilinear_matrix, both_axes
@@ -97,12 +97,7 @@ class FbftConfig:
     method = "fbft"  # without a type it is no setting
 
     def __post_init__(self) -> None:
-        too_few = self.steps is not None and self.steps < 1
-        if too_few or (self.minutes is not None and self.minutes <= 0):
-            raise TrainingError(
-                f"--steps {self.steps} / --minutes {self.minutes}:"
-                " need at least one step, or more than 0 minutes"
-            )
+        check_length(self.steps, self.minutes)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise TrainingError(f"--learning-rate {self.learning_rate}: a number above 0 is needed")
 

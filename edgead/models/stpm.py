@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from edgead.errors import TrainingError
-from edgead.models.base import AnomalyModel
+from edgead.models.base import AnomalyModel, check_length
 from edgead.models.remembered import Remembered
 from edgead.models.taps import PDN_TAPS, Backbone
 
@@ -80,12 +80,7 @@ class StpmConfig:
     teacher_cache_mib: int = 768
 
     def __post_init__(self) -> None:
-        too_few = self.steps is not None and self.steps < 1
-        if too_few or (self.minutes is not None and self.minutes <= 0):
-            raise TrainingError(
-                f"--steps {self.steps} / --minutes {self.minutes}:"
-                " need at least one step, or more than 0 minutes"
-            )
+        check_length(self.steps, self.minutes)
         if not 0 < self.learning_rate < math.inf:
             raise TrainingError(f"--learning-rate {self.learning_rate}: a number above 0 is needed")
 

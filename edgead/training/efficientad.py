@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgead.errors import TrainingError
+from edgead.models.base import check_length
 from edgead.models.efficientad import Border, EfficientAD
 from edgead.models.files import load_directions, load_teacher, shipped_teacher
 from edgead.models.pdn import FEATURES, PDN, Size
@@ -83,11 +84,7 @@ class TrainConfig:
             object.__setattr__(self, "optimizer", "adam" if is_long else "muon")
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 0.02 if self.optimizer == "muon" else 1e-4)
-        if self.steps < 1 or (self.minutes is not None and self.minutes <= 0):
-            raise TrainingError(
-                f"--steps {self.steps} / --minutes {self.minutes}:"
-                " need at least one step, or more than 0 minutes"
-            )
+        check_length(self.steps, self.minutes)
         if not 1 <= self.targets <= FEATURES:
             raise TrainingError(
                 f"--targets {self.targets}: a number of directions from 1 to {FEATURES} is needed,"
