@@ -7,6 +7,7 @@ measured (see `edgead.calibration`). What was before stays in the bundle, and `u
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,8 @@ from edgead.manifest import Calibration, Manifest, Threshold
 from edgead.runtime import open_backend
 from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE, Backend
 from edgead.runtime.replay import replay
+
+log = logging.getLogger(__name__)
 
 HISTORY = "recalibrations"
 KEPT = 20
@@ -163,7 +166,10 @@ class _Measure:
                 inside = self._run(image, units[-1])[1] == 1
             for index, values in enumerate(maps):
                 values.append(self._run(image, units[index])[1][inside])
-        return [calibration.MapScale.of(np.stack(values)) for values in maps]
+        raw = [np.stack(values) for values in maps]
+        for index in calibration.odd_images(*raw):
+            log.warning("%s", calibration.odd_warning(self.images[index]))
+        return [calibration.MapScale.of(values) for values in raw]
 
     def scores(self, constants: np.ndarray) -> np.ndarray:
         """Image scores float64 [N]."""

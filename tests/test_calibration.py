@@ -14,6 +14,7 @@ from edgead.calibration import (
     binomial_upper_bound,
     choose_threshold,
     graph_constants,
+    odd_images,
 )
 from edgead.errors import TrainingError
 
@@ -29,6 +30,25 @@ def test_low_quantile_maps_to_0_and_high_to_a_tenth() -> None:
 def test_quantiles_interpolate_linearly() -> None:
     values = np.arange(1001.0).reshape(1, 7, 143)
     assert MapScale.of(values) == MapScale(900.0, 995.0)
+
+
+def test_an_odd_image_among_few_has_no_part_in_the_scale() -> None:
+    """As on cookies, where one good photo of four shows the edge of the tray: it took the scale of the
+    student's map to ten times the usual one, and AU-PRO from 0.82 to 0.16."""
+    rng = np.random.default_rng(0)
+    usual, other = rng.random((3, 56, 56)), rng.random((4, 56, 56))
+    odd = 10 * rng.random((1, 56, 56))
+    maps = np.concatenate([usual[:2], odd, usual[2:]])
+    assert odd_images(maps) == odd_images(other, maps) == [2]
+    assert MapScale.of(maps) == MapScale.of(usual)
+    assert odd_images(np.concatenate([usual, 0.4 * odd])) == []
+
+
+def test_where_most_images_give_zeros_none_is_odd() -> None:
+    maps = np.zeros((4, 8, 8))
+    maps[1] = 1
+    assert odd_images(maps) == []
+    assert MapScale.of(maps).high == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])

@@ -65,6 +65,15 @@ def test_the_graph_stays_and_golden_samples_answer_anew(bundle: Path, good: Path
     assert main(["verify", str(bundle), "--backend", "onnxruntime"]) == 0
 
 
+def test_an_odd_image_is_named(bundle: Path, good: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in list_images(good):
+        cv2.imwrite(str(path), read_image(path) // 8)
+    cv2.imwrite(str(good / "odd.png"), np.full((48, 40, 3), 255, np.uint8))
+    recalibrate(bundle, list_images(good), backend="onnxruntime")
+    assert "odd.png: the anomaly map of this good image" in caplog.text
+    assert len(caplog.records) == 1
+
+
 def test_undo_brings_back_what_was_before_step_by_step(bundle: Path, good: Path) -> None:
     states = [Bundle.open(bundle).manifest]
     for rate in (0.2, 0.05):

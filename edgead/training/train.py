@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -15,7 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgead.calibration import MapScale, choose_threshold, graph_constants
+from edgead.calibration import (
+    MapScale,
+    choose_threshold,
+    graph_constants,
+    odd_images,
+    odd_warning,
+)
 from edgead.errors import TrainingError
 from edgead.files import write_text
 from edgead.health import HEALTH, HealthProfile
@@ -36,6 +43,8 @@ from edgead.training.run import (
     images_file,
 )
 from edgead.training.session import Progress, Session
+
+log = logging.getLogger(__name__)
 
 HEALTH_IMAGES = 300  # are enough for the quantiles of their figures
 
@@ -113,6 +122,8 @@ def train(
     model.to(chosen)  # with what a tiled one has around the trained networks
     good = iterate_images(dataset.validation, model.input_px)
     calibration, threshold = calibrate(model, good, config.false_reject, chosen)
+    for index in calibration["odd_images"]:
+        log.warning("%s", odd_warning(dataset.validation[index]))
     record = {
         "method": config.method,
         "config": asdict(config),
@@ -205,6 +216,7 @@ def calibration_of(
         "names": [*(f"{name}_scale" for name in model.raw_names), "offset"],
         "quantiles": dict(zip(model.raw_names, map(asdict, scales), strict=True)),
         "scores": [float(score) for score in scores],
+        "odd_images": odd_images(*raw),
     }
     return calibration, {**asdict(threshold), "claim": threshold.claim}
 
