@@ -9,6 +9,7 @@ false-reject rate. Test images are never involved. numpy only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +74,8 @@ def odd_warning(image: object) -> str:
     """For the log: what to do about an odd image."""
     return (
         f"{image}: the anomaly map of this good image is over {ODD:.0f} times as high as is usual."
-        " The scale of the map leaves it out, but the threshold is set so that it passes, and defects"
-        " may pass with it: look at it; take it out if it is no good part, or else add more like it"
+        " Scale and threshold leave it out, so that parts like it may be rejected: look at it; if it is"
+        " a good part, add more images like it"
     )
 
 
@@ -124,25 +125,31 @@ class Threshold:
 
 
 def choose_threshold(
-    scores: np.ndarray, *, false_reject: float = 0.01, confidence: float = 0.95
+    scores: np.ndarray,
+    *,
+    odd: Sequence[int] = (),
+    false_reject: float = 0.01,
+    confidence: float = 0.95,
 ) -> Threshold:
     """Threshold for a target false-reject rate from the scores of good validation images.
 
     With at least 1 / false_reject images it is the matching order statistic: as many of them lie above
     as the rate allows. With fewer, that quantile lies beyond the data; the score is a maximum over many
     pixels, so a Gumbel distribution (the limit law of maxima) is fitted by its moments and extrapolated,
-    and never below the largest score seen.
+    and never below the largest score seen. Odd images are left out of that fit, in which one would raise
+    the threshold above all defects; the claim counts those that it rejects.
 
     Args:
         scores: Image scores [n] of good images.
+        odd: Indices of odd ones, fewer than all; see `odd_images`.
         false_reject: Target rate, 0 < rate < 0.5.
 
     Raises:
         TrainingError: no scores, scores that are not finite, or a rate out of range.
     """
-    ordered = np.sort(np.asarray(scores, dtype=np.float64).ravel())
-    n = len(ordered)
-    if n == 0 or not np.isfinite(ordered).all():
+    every = np.asarray(scores, dtype=np.float64).ravel()
+    n = len(every)
+    if n == 0 or not np.isfinite(every).all():
         raise TrainingError(
             "the threshold needs finite scores of good validation images,"
             f" got {n} scores; add good images"
@@ -152,9 +159,10 @@ def choose_threshold(
             f"--false-reject {false_reject} is out of range: a rate between 0 and 0.5, such as 0.01"
         )
     rejected = math.floor(n * false_reject + 1e-9)
-    highest_ok = float(ordered[n - 1 - rejected])
+    ordered = np.sort(every if rejected >= 1 else np.delete(every, list(odd)))
+    highest_ok = float(ordered[-1 - rejected])
     higher = ordered[ordered > highest_ok]
-    spread = float(ordered.std(ddof=1)) if n > 1 else 0.0
+    spread = float(ordered.std(ddof=1)) if len(ordered) > 1 else 0.0
     spread = max(spread, 0.05 * abs(float(ordered.mean())), 1e-6)  # near-identical images leave no room
     # Never on a sample's own score: the last digit of a sum would decide, and differ between devices.
     clear_of_it = float(highest_ok + higher[0]) / 2 if len(higher) else highest_ok + 0.05 * spread
@@ -166,13 +174,15 @@ def choose_threshold(
         mode = float(ordered.mean()) - 0.5772156649 * beta
         value = max(mode - beta * math.log(-math.log1p(-false_reject)), clear_of_it)
         basis = (
-            f"Gumbel fit to the scores of {n} good validation images,"
+            f"Gumbel fit to the scores of {len(ordered)} good validation images,"
             f" too few for the empirical {1 - false_reject:.2%} quantile"
         )
+        if odd:
+            basis += f"; {len(odd)} odd left out"
     value = float(np.float32(value))  # as the graph's score and the manifest have it
     if value <= highest_ok:
         value = float(np.nextafter(np.float32(highest_ok), np.float32(np.inf)))
-    above = int((ordered >= value).sum())
+    above = int((every >= value).sum())
     return Threshold(
         value, basis, false_reject, binomial_upper_bound(above, n, confidence), confidence, n
     )

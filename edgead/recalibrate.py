@@ -89,10 +89,10 @@ def recalibrate(
                 " so it cannot calibrate; use another --backend"
             )
         measure = _Measure(runner, manifest, images, progress)
-        scales = measure.scales()
+        scales, odd = measure.scales()
         constants = calibration.graph_constants(*scales)
         scores, old = measure.scores(constants), measure.scores(_constants(manifest))
-        threshold = calibration.choose_threshold(scores, false_reject=rate)
+        threshold = calibration.choose_threshold(scores, odd=odd, false_reject=rate)
     stands = asdict(threshold)
     names = manifest.calibration.names
     after = replace(
@@ -156,8 +156,8 @@ class _Measure:
         self.raw_maps = len(manifest.calibration.values) - 1
         self.done = 0
 
-    def scales(self) -> list[calibration.MapScale]:
-        """Of each raw map, over the cells that the method inspects."""
+    def scales(self) -> tuple[list[calibration.MapScale], list[int]]:
+        """Of each raw map, over the cells that the method inspects, and which images are odd."""
         units = np.eye(self.raw_maps + 1, dtype=np.float32)
         maps: list[list[np.ndarray]] = [[] for _ in range(self.raw_maps)]
         inside: np.ndarray | None = None
@@ -167,9 +167,10 @@ class _Measure:
             for index, values in enumerate(maps):
                 values.append(self._run(image, units[index])[1][inside])
         raw = [np.stack(values) for values in maps]
-        for index in calibration.odd_images(*raw):
+        odd = calibration.odd_images(*raw)
+        for index in odd:
             log.warning("%s", calibration.odd_warning(self.images[index]))
-        return [calibration.MapScale.of(values) for values in raw]
+        return [calibration.MapScale.of(values) for values in raw], odd
 
     def scores(self, constants: np.ndarray) -> np.ndarray:
         """Image scores float64 [N]."""

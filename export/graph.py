@@ -6,11 +6,10 @@ Everything that can be folded exactly is folded, by the method's `merged` form (
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgead.image import resize_matrix
 from edgead.models.base import AnomalyModel
+from edgead.models.maps import Resize
 
 
 class MergedGraph(nn.Module):
@@ -34,9 +33,7 @@ class MergedGraph(nn.Module):
         self.frame, self.input_px, self.map_cells = frame, model.input_px, model.map_cells
         self.calibration_values = len(model.raw_names) + 1
         if frame is not None:
-            for name, side, px in zip(("rows", "columns"), frame, model.input_px, strict=True):
-                matrix = torch.from_numpy(resize_matrix(side, px))
-                self.register_buffer(name, matrix[:, :, None, None])
+            self.resize = Resize(frame, model.input_px)
         self.networks = model.merged(dtype)
         self._anomaly_map, self._score = model.anomaly_map, model.score
         self.eval().requires_grad_(False)
@@ -57,12 +54,3 @@ class MergedGraph(nn.Module):
             x = self.resize(x)
         maps = self._anomaly_map(self.networks(x.permute(0, 3, 1, 2)), calibration)
         return self._score(maps), maps
-
-    def resize(self, frames: Tensor) -> Tensor:
-        """What `edgead.image.resize` does: float32 [N, H, W, 3] to whole numbers [N, *input_px, 3].
-
-        The two products with a matrix are convolutions, because TensorRT for RTX has no float32 products
-        for Turing.
-        """
-        wide = F.conv2d(frames.permute(0, 2, 1, 3), self.columns)  # N, columns, H, 3
-        return torch.round(F.conv2d(wide.permute(0, 2, 1, 3), self.rows))

@@ -76,6 +76,21 @@ def test_no_more_good_images_are_rejected_than_asked_for(values: np.ndarray, rat
     assert threshold.upper_bound == pytest.approx(binomial_upper_bound(rejected, len(values)), abs=1e-9)
 
 
+def test_an_odd_image_does_not_raise_the_threshold_above_all_defects() -> None:
+    usual = np.array([0.08, 0.09, 0.07])
+    scores = np.append(usual, 2.3)
+    threshold = choose_threshold(scores, odd=[3])
+    assert threshold.value == choose_threshold(usual).value
+    assert threshold.good_images == 4
+    assert threshold.upper_bound == pytest.approx(binomial_upper_bound(1, 4))  # it is rejected
+    assert threshold.basis.endswith("1 odd left out")
+
+
+def test_with_enough_images_odd_ones_count_among_the_rejected() -> None:
+    scores = np.append(np.arange(199.0), 5000.0)
+    assert choose_threshold(scores, odd=[199]).value == choose_threshold(scores).value
+
+
 def test_order_statistic_with_enough_images() -> None:
     values = np.arange(200.0)
     threshold = choose_threshold(values, false_reject=0.01)

@@ -21,6 +21,8 @@ class AnomalyModel(nn.Module):
         map_cells: Height and width of the anomaly map.
         blind_cells: Cells at each edge of the anomaly map that the raw maps lack.
         raw_names: Names of the raw maps, in the order in which `forward` gives them.
+        whole_maps: How many of them, the last ones, judge the image as a whole. Where frames are
+            inspected in tiles, these come from the frame at the networks' size; see `Tiled`.
         meaning: One sentence for the manifest: what the raw maps are, and where they are published.
     """
 
@@ -28,6 +30,7 @@ class AnomalyModel(nn.Module):
     map_cells: tuple[int, int]
     blind_cells: int = 0
     raw_names: tuple[str, ...]
+    whole_maps: int = 0
     meaning: str
 
     @abstractmethod

@@ -112,6 +112,7 @@ class EfficientAD(AnomalyModel):
     input_px = (IMAGE_PX, IMAGE_PX)
     map_cells = (MAP_CELLS, MAP_CELLS)
     raw_names = ("student", "autoencoder")
+    whole_maps = 1
     meaning = (
         "mean_c((T - S)^2) and mean_c((A - S')^2) of EfficientAD (arXiv 2303.14535), or of fewer"
         " directions (model.targets, model.reduction)"

@@ -7,16 +7,18 @@ Where tiles overlap, the weight of each falls linearly with the distance to its 
 outer part of the overlap: what a network tells of cells near an edge depends on what it makes up for the
 pixels beyond. The weights of all tiles add up to 1 in every cell.
 
+A network that judges the image as a whole, EfficientAD's autoencoder, learns and judges the frame at its
+own input size instead (`AnomalyModel.whole_maps`); its map is enlarged to that of the tiles.
+
 How much a seam shows depends on how far the networks look. PDNs look 16 px beyond a cell: from an
 overlap of 64 px on (32 with EfficientAD's blind border), their map is that of the whole frame. Deep
-backbones, which pad, and EfficientAD's autoencoder look across a whole tile. How far the highest map
-value at a defect moves, at most, when tile borders pass over it in steps of 16 px, in percent of the
-typical value; median and largest of 12 round spots, 11 to 25 px wide, on good images of MVTec AD bottle:
+backbones, which pad, look across a whole tile. How far the highest map value at a defect moves, at most,
+when tile borders pass over it in steps of 16 px, in percent of the typical value; median and largest of
+12 round spots, 11 to 25 px wide, on good images of MVTec AD bottle:
 
     overlap, px                                          32          64          96         128
     ProtoAD, MobileNetV2                            1.0, 2.7    0.7, 1.8    0.3, 0.8    0.2, 0.8
     FBFT, MobileNetV2                               2.5, 4.3    1.5, 2.7    0.6, 1.9    0.3, 1.1
-    EfficientAD-S, 300 steps on whole images         12, 21      12, 16       4, 10     0.6, 2.2
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from edgead.errors import TrainingError
 from edgead.models.base import AnomalyModel
+from edgead.models.maps import Resize
 
 MARGIN = 0.25
 """Of the overlap: where a tile has no weight, because its neighbour reaches further."""
@@ -98,6 +101,7 @@ class Tiled(AnomalyModel):
         self.map_cells = (height // cell_px, width // cell_px)
         overlap_cells = overlap * inner.map_cells[0] / tile
         self.grid = Grid(self.map_cells, inner.map_cells[0], overlap_cells, cell_px, blind)
+        self.whole = Whole(self.input_px, inner, blind) if inner.whole_maps else None
         self.corners = [(top, left) for top in self.grid.tops for left in self.grid.lefts]
         if max(frame) > MOST_PX or len(self.corners) > MOST_TILES:
             raise TrainingError(
@@ -113,8 +117,10 @@ class Tiled(AnomalyModel):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Raw maps of frames; at the edges they lack the cells that those of the networks lack."""
-        parts = [self.inner(tiles) for tiles in self.grid.cut(images).split(TILES_AT_ONCE)]
-        return tuple(self.grid.merge(torch.cat(maps)) for maps in zip(*parts, strict=True))
+        local = len(self.raw_names) - self.inner.whole_maps
+        parts = [self.inner(tiles)[:local] for tiles in self.grid.cut(images).split(TILES_AT_ONCE)]
+        merged = tuple(self.grid.merge(torch.cat(maps)) for maps in zip(*parts, strict=True))
+        return merged + self.whole(images, self.inner) if self.whole else merged
 
     def merged(self, dtype: torch.dtype) -> MergedTiled:
         return MergedTiled(self, dtype)
@@ -136,10 +142,44 @@ class MergedTiled(nn.Module):
 
     def __init__(self, model: Tiled, dtype: torch.dtype) -> None:
         super().__init__()
-        self.grid, self.networks = model.grid, model.inner.merged(dtype)
+        self.grid, self.whole, self.networks = model.grid, model.whole, model.inner.merged(dtype)
+        self.local = len(model.raw_names) - model.inner.whole_maps
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.grid.merge(raw) for raw in self.networks(self.grid.cut(x)))
+        merged = tuple(self.grid.merge(raw) for raw in self.networks(self.grid.cut(x))[: self.local])
+        return merged + self.whole(x, self.networks) if self.whole else merged
+
+
+class Whole(nn.Module):
+    """The raw maps that need the whole frame: from the frame at the networks' size, enlarged.
+
+    Where these maps lack more of the frame's edge than those of the tiles, their outermost cells go on.
+
+    Args:
+        frame_px: Height and width of the frames.
+        blind: Cells at the edges of the frame that raw maps do not have.
+    """
+
+    def __init__(self, frame_px: tuple[int, int], inner: AnomalyModel, blind: int) -> None:
+        super().__init__()
+        self.resize, self.blind, self.whole_maps = (
+            Resize(frame_px, inner.input_px),
+            blind,
+            inner.whole_maps,
+        )
+        cell_px = _cell_px(inner)
+        self.cells = (frame_px[0] // cell_px, frame_px[1] // cell_px)
+
+    def forward(self, frames: Tensor, networks: nn.Module) -> tuple[Tensor, ...]:
+        """Raw maps of frames [N, 3, H, W] by networks that take their own size."""
+        small = self.resize(frames.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return tuple(self._enlarged(raw) for raw in networks(small)[-self.whole_maps :])
+
+    def _enlarged(self, raw: Tensor) -> Tensor:
+        blind, (rows, columns) = self.blind, self.cells
+        whole = F.pad(raw[:, None], (blind,) * 4, mode="replicate") if blind else raw[:, None]
+        whole = F.interpolate(whole, size=self.cells, mode="bilinear", align_corners=False)
+        return whole[:, 0, blind : rows - blind, blind : columns - blind]
 
 
 class Grid(nn.Module):

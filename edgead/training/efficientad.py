@@ -30,7 +30,7 @@ from edgead.models.files import load_directions, load_teacher, shipped_teacher
 from edgead.models.pdn import FEATURES, PDN, Size
 from edgead.training.demo_data import render_distractors
 from edgead.training.device import autocast
-from edgead.training.images import Images, PenaltyImages, jitter
+from edgead.training.images import Images, PenaltyImages, Tiles, jitter
 from edgead.training.muon import Muon
 from edgead.training.run import PENALTY_FILE
 from edgead.training.session import Session
@@ -267,14 +267,16 @@ def _batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Per step the index of the training image and its batch, made ahead.
 
-    A batch is [image, penalty image, jittered image], float32 [3, 256, 256, 3].
+    A batch is [image, penalty image, jittered image], float32 [3, 256, 256, 3]. The jittered one is for
+    the autoencoder: of a tile it is the whole image.
     """
 
     def make(step: int) -> tuple[int, np.ndarray]:
         rng = np.random.default_rng([seed, step, 0])
         index = int(rng.integers(len(images)))
         image = images[index]
-        trio = [image, penalty(step), jitter(image, rng)]
+        whole = images.whole(index) if isinstance(images, Tiles) else image
+        trio = [image, penalty(step), jitter(whole, rng)]
         return index, np.stack(trio, dtype=np.float32)
 
     with ThreadPoolExecutor(1) as pool:

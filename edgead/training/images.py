@@ -127,6 +127,10 @@ class Tiles:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
 
+    def whole(self, index: int) -> np.ndarray:
+        """The image that a tile is of, resized to the size of a tile."""
+        return resize(self.pool[index // len(self.corners)], *self.size_px)
+
 
 Images = np.ndarray | ImagePool | Tiles  # uint8 [N, h, w, 3], or the same in a file
 

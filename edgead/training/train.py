@@ -210,13 +210,14 @@ def calibration_of(
     with torch.inference_mode():
         maps = model.anomaly_map(tuple(map(torch.from_numpy, raw)), torch.from_numpy(constants))
         scores = model.score(maps).numpy()
-    threshold = choose_threshold(scores, false_reject=false_reject)
+    odd = odd_images(*raw)
+    threshold = choose_threshold(scores, odd=odd, false_reject=false_reject)
     calibration = {
         "values": [float(value) for value in constants],
         "names": [*(f"{name}_scale" for name in model.raw_names), "offset"],
         "quantiles": dict(zip(model.raw_names, map(asdict, scales), strict=True)),
         "scores": [float(score) for score in scores],
-        "odd_images": odd_images(*raw),
+        "odd_images": odd,
     }
     return calibration, {**asdict(threshold), "claim": threshold.claim}
 
