@@ -155,8 +155,8 @@ def _result(folder: Path, threads: int | None) -> dict[str, Any]:
         "train": {**record["training"], "starts": len((folder / STARTS_FILE).read_text().splitlines())},
         "images": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "data_fingerprint": record["data"]["fingerprint"],
-        "teacher_used": record["weights"].get("teacher"),
-        "penalty_used": record["penalty"],
+        "weights_used": record["weights"],
+        "penalty_used": record.get("penalty"),  # EfficientAD has them
         "made": record["made"],
     }
 

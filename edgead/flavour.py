@@ -279,7 +279,8 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
         r"FP32 GEMM is not supported",
         "TensorRT for RTX has no float32 matrix products on Turing (sm75)",
-        "export the bundle again with this edgead, or build for a newer GPU",
+        "export it again with --precision fp16 (vision transformers have such products), or build for a "
+        "newer GPU",
     ),
     (
         r"plugin not found|NonZero|\bUnique\b|no importer registered|unsupported operator",

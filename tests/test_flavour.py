@@ -195,7 +195,7 @@ def test_a_failure_keeps_the_text_and_adds_cause_and_remedy() -> None:
         ("NonZero plugin creator version 1 was not found in plugin registry.", "an operator", "NonZero"),
         ("node 1 u (Unique): false", "an operator", "Unique"),
         ("Cannot compile operation 'node_matmul' for Turing (SM75): FP32 GEMM is not supported.",
-         "on Turing", "export the bundle again"),
+         "on Turing", "--precision fp16"),
         ("the map has 12 values NaN", "overflow", "--precision fp32"),
         ("score inf", "overflow", "--precision fp32"),
         ("Failed to parse the ONNX model.", "whole ONNX file", "export the bundle again"),

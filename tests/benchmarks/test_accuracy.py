@@ -155,6 +155,17 @@ def test_figures_come_from_the_packed_bundle(root: Path, finished: Path) -> None
     assert result["train"]["steps"] == 2 and result["train"]["starts"] == 1
 
 
+def test_methods_without_penalty_images(root: Path, tmp_path: Path) -> None:
+    text = '[defaults]\nmethod = "protoad"\nbackbone = "teacher.safetensors"\nbackend = "onnxruntime"\n'
+    (job,) = accuracy_list.read_list(write(tmp_path, text + TINY[TINY.index("[[data]]") :]))
+    folder = accuracy_job.prepare(tmp_path, job, root)
+    accuracy_job.run_job(folder)
+    result = outcome(folder)
+    assert "error" not in result, result
+    assert result["penalty_used"] is None
+    assert result["weights_used"]["backbone"]["file"] == "teacher.safetensors"
+
+
 def test_evaluation_sees_the_bundle_and_not_the_networks(finished: Path, tmp_path: Path) -> None:
     """Without weights in the run, and with a threshold that only the bundle has."""
     folder = tmp_path / finished.name

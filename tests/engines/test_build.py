@@ -191,6 +191,18 @@ def test_a_graph_that_is_refused(
     assert cause in text.split("cause: ")[1].split("remedy: ")[0]
 
 
+def test_float32_products_for_turing_name_the_precision(rtx: Flavour) -> None:
+    """As a vision transformer has them."""
+    product = graph(
+        CAST,
+        ("Transpose", ["x"], ["z"], {"perm": [0, 1, 3, 2]}),
+        ("MatMul", ["x", "z"], ["y"], {}),
+    )
+    with pytest.raises(EngineError, match="remedy: export it again with --precision fp16"):
+        build_engine(product, rtx, target="sm75")
+    assert build_engine(product, rtx, target="sm86")
+
+
 def test_every_complaint_of_the_parser_is_told(
     rtx: Flavour,
     make_bundle: Callable[[bytes, str], Path],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from edgead.bundle import Bundle
 from edgead.image import list_images, write_image
+from edgead.methods import configure
 from edgead.models.efficientad import EfficientAD
 from edgead.training import images as images_module
 from edgead.training.data import open_dataset
@@ -152,6 +153,19 @@ def test_one_training_image(tmp_path: Path, natural_images: Path, random_teacher
         "1 good validation images support a false-reject rate of at most 95.0%"
         in (record["threshold"]["claim"])
     )
+
+
+@pytest.mark.parametrize(("method", "options"), [("fbft", {"steps": 2}), ("protoad", {})])
+def test_one_training_image_of_other_methods(
+    tmp_path: Path, random_teacher: Path, method: str, options: dict[str, int]
+) -> None:
+    """STPM, which holds a fifth of them back, refuses it: tests/models/test_stpm.py."""
+    image = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    save(tmp_path / "data" / "good", image)
+    dataset, config = open_dataset(tmp_path / "data"), configure(method, **options)
+    record = train(dataset, tmp_path / "run", config, backbone=random_teacher)
+    assert record["data"]["train"] == record["data"]["validation"] == ["good/000.png"]
+    assert np.isfinite(record["threshold"]["value"])
 
 
 def test_images_of_any_shape_and_grey_ones(
