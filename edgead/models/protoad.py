@@ -241,37 +241,27 @@ class Trainer:
     def fit(self, session: Session) -> None:
         """Find the prototypes of the training images."""
         model = self.model.to(session.device, memory_format=torch.channels_last)
-        images = session.images
-
-        def at_network(index: int) -> Tensor:
-            return torch.from_numpy(images[index][None]).to(session.device).permute(0, 3, 1, 2)
-
-        session.lasts(len(images))
+        images = len(session.images)
+        session.lasts(images)
         session.begin()
         learner = PrototypeLearner(
             model.prototypes.shape[1], max_prototypes=self.config.max_prototypes, device=session.device
         )
-        for index in range(len(images)):
+        for index in range(images):
             # In FP32 also where the device has bfloat16: most of the time goes into clustering.
-            found = patches(model.backbone(at_network(index)))
+            found = patches(model.backbone(session.batch([index])))
             learner.add(found[0].flatten(1).T)
             session.record({})
         prototypes = learner.finish()
         model.prototypes = prototypes.vectors
         counts = prototypes.counts.cpu().numpy()
-        scores = [float(model(at_network(index))[0].amax()) for index in range(len(images))]
         self.record["clustering"] = {
             "learner": f"FINCH in blocks of {BLOCK_PATCHES} patches",
             "hierarchy": list(prototypes.hierarchy),
             "prototypes": len(counts),
-            "patches_per_prototype": _spread(counts),
-            "scores_of_training_images": _spread(scores),
+            "patches_per_prototype": {
+                "least": int(counts.min()),
+                "median": float(np.median(counts)),
+                "most": int(counts.max()),
+            },
         }
-
-
-def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    return {
-        "least": float(np.min(values)),
-        "median": float(np.median(values)),
-        "most": float(np.max(values)),
-    }
