@@ -59,7 +59,7 @@ _ASIDE = ("seed", "size")  # of a training configuration; these two have columns
 def settings(result: dict[str, Any]) -> dict[str, Any]:
     """All that was chosen for a job but its data, method and seed."""
     config = {key: value for key, value in result["config"].items() if key not in _ASIDE}
-    if config["minutes"] is not None:
+    if config.get("minutes") is not None:
         del config["steps"]  # not what it was trained for
     return config | {key: result[key] for key in ("penalty", "teacher", "precision", "backend")}
 
@@ -96,14 +96,14 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def results_table(results: Sequence[dict[str, Any]]) -> str:
     """One line per seed, one for all seeds of a combination, and one with the published figures.
 
-    What varies among the jobs, other than data, method and seed, has a column.
+    What varies among the jobs of one method, other than data and seed, has a column.
     """
     found = groups(results)
-    varying = [
-        key
-        for key in dict.fromkeys(key for group in found for key in group["settings"])
-        if len({repr(group["settings"].get(key)) for group in found}) > 1
-    ]
+    values: dict[tuple[str, str], set[str]] = {}
+    for group in found:
+        for key, value in group["settings"].items():
+            values.setdefault((key, group["method"]), set()).add(repr(value))
+    varying = list(dict.fromkeys(key for (key, _), seen in values.items() if len(seen) > 1))
     rows = [row for group in found for row in _rows(group, varying)]
     header = ("data", "method", *varying, "seed", *HEADER.values(), "steps", "train s")
     return table(header, rows)

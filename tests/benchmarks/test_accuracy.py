@@ -155,6 +155,20 @@ def test_figures_come_from_the_packed_bundle(root: Path, finished: Path) -> None
     assert result["train"]["steps"] == 2 and result["train"]["starts"] == 1
 
 
+def test_each_method_has_its_own_settings() -> None:
+    """ProtoAD has neither steps nor minutes; what only differs between methods has no column."""
+    others = result_of("tray", 0, 0.5, method="protoad")
+    del others["config"]["steps"], others["config"]["minutes"]
+    others["config"]["max_prototypes"] = 64
+    table = accuracy_table.results_table([result_of("tray", 0, 0.5), others])
+    assert table.splitlines()[0].startswith("| data | method | seed | image AUROC |")
+    others["config"]["max_prototypes"] = 65
+    both = accuracy_table.results_table(
+        [others, {**others, "config": {**others["config"], "max_prototypes": 9}}]
+    )
+    assert both.splitlines()[0].startswith("| data | method | max_prototypes | seed |")
+
+
 def test_methods_without_penalty_images(root: Path, tmp_path: Path) -> None:
     text = '[defaults]\nmethod = "protoad"\nbackbone = "teacher.safetensors"\nbackend = "onnxruntime"\n'
     (job,) = accuracy_list.read_list(write(tmp_path, text + TINY[TINY.index("[[data]]") :]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgead.benchmarks import cpu, train_step
+from edgead.benchmarks import cpu
 
 
 def test_cpu_benchmark(
@@ -38,10 +38,3 @@ def test_cpu_benchmark(
 
 
 START_UP = cpu.start_up
-
-
-def test_train_step_benchmark_times_both_loops() -> None:
-    import torch
-
-    seconds = train_step.measure(1, torch.device("cpu"))
-    assert set(seconds) == {"plain", "edgead"} and all(values[0] > 0 for values in seconds.values())
