@@ -1,6 +1,6 @@
 """Memory that training takes at its peak: of the host, and of the GPU if there is one.
 
-    python -m edgead.benchmarks.train_memory [--images 300] [--steps 20] [-- OPTIONS OF edgead train]
+    python -m edgead.benchmarks.train_memory [--images 300] [--steps 20] [--method efficientad-s]
 
 Trains on noise, so that the process has done all that a training does: images stored, teacher's outputs
 cached, steps, calibration. The last line that is printed is JSON.
@@ -11,23 +11,25 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from edgead.cli import main as edgead
 from edgead.image import write_image
+from edgead.methods import configure
+from edgead.training.data import open_dataset
+from edgead.training.train import train
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("options", nargs="*", help="of edgead train, after --")
+    parser.add_argument("--method", default="efficientad-s", choices=("efficientad-s", "efficientad-m"))
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,23 +39,18 @@ def main() -> int:
             for index in range(count):
                 pixels = rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)
                 write_image(path / f"{index:03}.png", pixels)
-        command = ["train", str(good.parent), "--out", str(Path(folder) / "run")]
-        command += ["--penalty", str(penalty), "--steps", str(arguments.steps), *arguments.options]
-        if status := edgead(command):
-            return status
-    import torch
-
+        config = configure(arguments.method, steps=arguments.steps)
+        train(open_dataset(good.parent), Path(folder) / "run", config, penalty=penalty)
     record = {
         "images": arguments.images,
-        "options": arguments.options,
+        "method": arguments.method,
         "host_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "gpu_peak_mib": None,
     }
     if torch.cuda.is_available():
         record["gpu_peak_mib"] = round(torch.cuda.max_memory_reserved() / 2**20)
     print(json.dumps(record))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,21 +15,21 @@ from edgead.line.interfaces import Controls, Sink, Source
 from edgead.line.journal import Journal
 from edgead.line.line import Line
 from edgead.line.outlet import Outlet
-from edgead.line.recipe import FILES, CameraConfig, Recipe, SinkConfig, open_config
-from edgead.line.sinks import SINKS
-from edgead.line.sources import SOURCES
+from edgead.line.recipe import FILES, CameraConfig, Recipe, SinkConfig
+from edgead.line.sinks import sink_module
+from edgead.line.sources import source_module
 
 
 def open_source(config: CameraConfig) -> Source:
     """Opens what a camera's images come from."""
-    module = open_config(SOURCES, "sources", config.kind)
+    module = source_module(config.kind)
     source: Source = module.open_source(config.source, camera=config.name)
     return source
 
 
 def open_sink(config: SinkConfig, controls: Controls) -> Sink:
     """Opens a sink."""
-    sink: Sink = open_config(SINKS, "sinks", config.kind).open_sink(config.config, controls=controls)
+    sink: Sink = sink_module(config.kind).open_sink(config.config, controls=controls)
     return sink
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any, Literal
 
 from edgead.errors import LineError
 from edgead.line.journal import SYNCS
-from edgead.line.sinks import SINKS
-from edgead.line.sources import SOURCES
+from edgead.line.sinks import SINKS, sink_module
+from edgead.line.sources import SOURCES, source_module
 from edgead.line.tables import Key, Tables
 from edgead.line.verdicts import Verdict
 
@@ -199,11 +198,6 @@ def load(path: Path) -> Recipe:
     return Recipe(settings, tuple(cameras), tuple(sinks), where)
 
 
-def open_config(kinds: Mapping[str, str], package: str, kind: str) -> Any:
-    """The module of a kind of source or sink, imported when it is needed."""
-    return importlib.import_module(f"edgead.line.{package}.{kinds[kind]}")
-
-
 def _camera(tables: Tables, table: Any, key: Key) -> CameraConfig:
     if not isinstance(table, Mapping):
         raise tables.error(key, "camera: expected a table")
@@ -218,7 +212,7 @@ def _camera(tables: Tables, table: Any, key: Key) -> CameraConfig:
         if not inspection.bundle.is_file():
             raise tables.error((*where, "bundle"), f"bundle {inspection.bundle}: there is no such file")
         inspections.append(inspection)
-    kind, config = _config(tables, table.get("source"), (*key, "source"), SOURCES, "sources")
+    kind, config = _config(tables, table.get("source"), (*key, "source"), "source")
     camera = tables.build(CameraConfig, rest, key, kind=kind, source=config, recipes=tuple(inspections))
     is_fired = getattr(config, "triggered", False) or getattr(config, "trigger", "") == "software"
     if camera.trigger == "plc" and not is_fired:
@@ -238,25 +232,22 @@ def _sink(tables: Tables, table: Any, key: Key, taken: set[str]) -> SinkConfig:
     name = table.get("name", table.get("kind", "")) if isinstance(table, Mapping) else ""
     if isinstance(table, Mapping):
         table = {field: value for field, value in table.items() if field != "name"}
-    kind, config = _config(tables, table, key, SINKS, "sinks")
+    kind, config = _config(tables, table, key, "sink")
     if name in taken:
         raise tables.error(key, f"there are two sinks named {name!r}: give one another name")
     return SinkConfig(str(name), kind, config)
 
 
-def _config(
-    tables: Tables, table: Any, key: Key, kinds: Mapping[str, str], package: str
-) -> tuple[str, Any]:
+def _config(tables: Tables, table: Any, key: Key, what: Literal["source", "sink"]) -> tuple[str, Any]:
     """Kind and Config of a table with the key `kind`."""
-    what = package[:-1]
+    kinds, module_of = (SOURCES, source_module) if what == "source" else (SINKS, sink_module)
     kind = table.get("kind") if isinstance(table, Mapping) else None
     if not isinstance(kind, str) or kind not in kinds:
         raise tables.error(
             (*key, "kind"), f"{what} needs a kind, got {kind!r}: one of {', '.join(sorted(kinds))}"
         )
-    module = open_config(kinds, package, kind)
     fields = {name: value for name, value in table.items() if name != "kind"}
-    return kind, tables.build(module.Config, fields, key)
+    return kind, tables.build(module_of(kind).Config, fields, key)
 
 
 def _list(tables: Tables, name: str) -> list[Any]:

@@ -16,10 +16,10 @@ from types import FrameType
 from edgead.errors import EdgeADError
 from edgead.line.assembly import open_line
 from edgead.line.line import Line
-from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings, SinkConfig, open_config
+from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings, SinkConfig
 from edgead.line.service import notify, watchdog_period_s
-from edgead.line.sinks import SINKS
-from edgead.line.sources import SOURCES
+from edgead.line.sinks import sink_module
+from edgead.line.sources import source_module
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def replay_recipe(
         LineError: A value that cannot be.
     """
     kind = "folder" if source.is_dir() else "video"
-    module = open_config(SOURCES, "sources", kind)
+    module = source_module(kind)
     config = module.Config(path=source, rate_hz=rate_hz)
     camera = CameraConfig(
         name="replay",
@@ -58,7 +58,7 @@ def replay_recipe(
         kind=kind,
         source=config,
     )
-    lines = open_config(SINKS, "sinks", "jsonl").Config(path=results)
+    lines = sink_module("jsonl").Config(path=results)
     return Recipe(
         Settings(journal=journal, sync="never", backend=backend),
         (camera,),

@@ -30,9 +30,9 @@ from edgead.line.faults import KINDS, Day, Fault, FaultyBackend, FaultySink, Fau
 from edgead.line.inspector import bundle_opener
 from edgead.line.interfaces import Controls, Sink, Source
 from edgead.line.line import Line
-from edgead.line.recipe import CameraConfig, Recipe, SinkConfig, load, open_config
+from edgead.line.recipe import CameraConfig, Recipe, SinkConfig, load
 from edgead.line.run import run
-from edgead.line.sinks import SINKS
+from edgead.line.sinks import sink_module
 from edgead.line.standin import StandIn
 from edgead.line.verdicts import Verdict
 
@@ -172,7 +172,7 @@ def _child(life: dict[str, Any]) -> int:
     recipe = load(Path(life["recipe"]))
     faults, seed = _faults(recipe, Path(life["faults"]) if life["faults"] else None)
     day = Day(faults, seed, start_ns)
-    fates = open_config(SINKS, "sinks", "jsonl").Config(path=Path(out) / FATES, rotate_mib=100_000)
+    fates = sink_module("jsonl").Config(path=Path(out) / FATES, rotate_mib=100_000)
     recipe = dataclasses.replace(
         recipe,
         settings=dataclasses.replace(recipe.settings, journal=Path(out) / "journal"),

@@ -18,8 +18,8 @@ from edgead.bundle import Bundle
 from edgead.line import assembly
 from edgead.line.interfaces import Shot
 from edgead.line.line import Line
-from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings, SinkConfig, open_config
-from edgead.line.sinks import SINKS
+from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings, SinkConfig
+from edgead.line.sinks import sink_module
 from edgead.line.standin import StandIn
 from edgead.runtime.backend import Backend
 
@@ -123,7 +123,7 @@ def bench(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         **settings: Any,
     ) -> Bench:
         results = tmp_path / "results.jsonl"
-        lines = open_config(SINKS, "sinks", "jsonl").Config(path=results, sync="never")
+        lines = sink_module("jsonl").Config(path=results, sync="never")
         configs = [
             CameraConfig(
                 **{

@@ -6,7 +6,6 @@ python -m tests.line.reference    # brings docs/line.md up to date
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import typing
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from edgead.line.faults import Fault
 from edgead.line.recipe import CameraConfig, Inspection, Settings
-from edgead.line.sinks import SINKS
-from edgead.line.sources import SOURCES
+from edgead.line.sinks import SINKS, sink_module
+from edgead.line.sources import SOURCES, source_module
 
 PAGE = Path(__file__).parents[2] / "docs" / "line.md"
 BEGIN, END = "<!-- reference: begin -->", "<!-- reference: end -->"
@@ -65,9 +64,12 @@ def reference() -> str:
     parts = ["### [line]", "", *rows(Settings), "", "### [[camera]]", "", *rows(CameraConfig)]
     parts += ["| `source` | needed | Where its images come from: one of the tables below. |", ""]
     parts += ["### [[camera.recipe]]", "", *rows(Inspection), ""]
-    for title, package, kinds in (("source", "sources", SOURCES), ("[[sink]]", "sinks", SINKS)):
-        for kind, module in kinds.items():
-            home = importlib.import_module(f"edgead.line.{package}.{module}")
+    for title, kinds, module_of in (
+        ("source", SOURCES, source_module),
+        ("[[sink]]", SINKS, sink_module),
+    ):
+        for kind in kinds:
+            home = module_of(kind)
             config = home.Config
             summary = (config.__doc__ or "").split("\n\n")[0].replace("\n    ", " ")
             parts += [f'### {title} of kind = "{kind}"', "", summary, "", *rows(config), ""]

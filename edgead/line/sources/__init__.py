@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-SOURCES = {  # kind in the recipe file -> module
-    "folder": "folder",
-    "video": "video",
-    "opencv": "opencv",
-    "gige": "gige",
-}
+import importlib
+from typing import Any
+
+SOURCES = ("folder", "video", "opencv", "gige")
+"""Of the recipe file: the modules of this package."""
+
+
+def source_module(kind: str) -> Any:
+    """The module of a kind, imported when it is needed."""
+    return importlib.import_module(f"{__name__}.{kind}")
