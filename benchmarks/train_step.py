@@ -79,7 +79,7 @@ def loops(device: torch.device) -> dict[str, Callable[[int], object]]:
     ]
 
     def made(config: TrainConfig) -> tuple[EfficientAD, torch.optim.Optimizer]:
-        model = build_model(PDN("s").eval(), seed=0, targets=config.targets)
+        model = build_model(PDN("s").eval(), seed=0, targets=config.targets or FEATURES)
         model.to(device, memory_format=torch.channels_last).train()
         return model, config.optimizer_of(model)
 

@@ -7,6 +7,7 @@ A method is one module with a class `Trainer`:
                 the command line with the name of a setting are passed on
     FILES       which options that name files it takes, of "teacher", "penalty" and "backbone"
     Trainer(config, files, run)     loads the files ({option: path}); may write to the folder `run`
+      .config                       the settings, with what had been left open
       .model                        an `edgead.models.base.AnomalyModel`
       .record                       entries for run.json: "weights" {what: WeightsInfo.record()}, others
       .settings                     what, beside config and data, a checkpoint must have been made with

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,6 +44,9 @@ DISTRACTORS = 300
 Optimizer = Literal["muon", "adam"]
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 LONG_RUN = 20_000
+SHIPPED_TARGETS = 64
+"""With the teachers that edgead ships these find as much as all 384, in less time: the tables are in
+docs/reduced-targets.md."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class TrainConfig:
         learning_rate: None is 1e-4 for Adam, as published, with a tenth of it from 95 % of the run on,
             and 0.02 for Muon; see `rate_at`.
         border: "published" leaves the outer 16 px blind, "reflect" inspects them; see `EfficientAD`.
-        targets: Channels of the target space, see `EfficientAD`; 384 as published.
+        targets: Channels of the target space, see `EfficientAD`. None is `SHIPPED_TARGETS` with a
+            teacher that edgead ships, and otherwise 384, as published.
         false_reject: Target rate of good parts rejected, for the threshold.
         checkpoint_s: Seconds between checkpoints; what a kill loses at most.
         teacher_cache_mib: Memory for teacher outputs of training images, 2.3 MiB each.
@@ -73,7 +77,7 @@ class TrainConfig:
     weight_decay: float = 1e-5
     seed: int = 42
     border: Border = "published"
-    targets: int = FEATURES
+    targets: int | None = None
     false_reject: float = 0.01
     checkpoint_s: float = 60.0
     teacher_cache_mib: int = 768
@@ -85,7 +89,7 @@ class TrainConfig:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 0.02 if self.optimizer == "muon" else 1e-4)
         check_length(self.steps, self.minutes)
-        if not 1 <= self.targets <= FEATURES:
+        if self.targets is not None and not 1 <= self.targets <= FEATURES:
             raise TrainingError(
                 f"--targets {self.targets}: a number of directions from 1 to {FEATURES} is needed,"
                 f" {FEATURES} being the published one"
@@ -175,8 +179,10 @@ class Trainer:
     FILES = ("teacher", "penalty")
 
     def __init__(self, config: TrainConfig, files: Mapping[str, Path], run: Path) -> None:
-        self.config = config
         teacher = files.get("teacher", shipped_teacher(config.size))
+        if config.targets is None:
+            config = replace(config, targets=FEATURES if "teacher" in files else SHIPPED_TARGETS)
+        self.config = config
         network, info = load_teacher(teacher)
         if network.size != config.size:
             raise TrainingError(
@@ -185,7 +191,9 @@ class Trainer:
                 f" name another with --teacher, or use --method efficientad-{network.size}"
             )
         self.directions = load_directions(teacher)
-        self.model = build_model(network, seed=config.seed, border=config.border, targets=config.targets)
+        self.model = build_model(
+            network, seed=config.seed, border=config.border, targets=config.targets or FEATURES
+        )
         folder, source = penalty_folder(files.get("penalty"), run, seed=config.seed)
         self.penalty = PenaltyImages(folder, seed=config.seed, store=run / PENALTY_FILE)
         count = len(self.penalty.paths)

@@ -97,6 +97,7 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     chosen = pick_device(device)
     trainer = method(config, named, run)
+    config = trainer.config  # in which nothing is left open
     model: AnomalyModel = trainer.model
     if tile is not None:
         model = _tiled(model, dataset, tile, overlap)

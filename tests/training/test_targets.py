@@ -16,7 +16,7 @@ from edgead.models.folding import normalise
 from edgead.models.pdn import PDN
 from edgead.training.data import open_dataset
 from edgead.training.directions import principal_directions, target_rotation, with_stored
-from edgead.training.efficientad import TrainConfig, build_model, step_losses
+from edgead.training.efficientad import TrainConfig, Trainer, build_model, step_losses
 from edgead.training.images import PenaltyImages, read_images
 from edgead.training.run import read_run
 from edgead.training.teacher_targets import TeacherTargets, natural_moment
@@ -146,6 +146,18 @@ def test_a_run_resumes_and_exports(
     # the gate compares the graph with the plain definition on the validation and test images
     assert main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "a.edgead")]) == 0
     assert "10 images, largest score deviation" in capsys.readouterr().out
+
+
+def test_default_is_64_with_a_teacher_that_ships(
+    tmp_path: Path, random_teacher: Path, natural_images: Path
+) -> None:
+    """Of another teacher nobody knows where its energy lies."""
+    files = {"penalty": natural_images}
+    shipped = Trainer(TrainConfig(), files, tmp_path)
+    assert shipped.config.targets == shipped.model.targets == 64
+    named = Trainer(TrainConfig(), {**files, "teacher": random_teacher}, tmp_path)
+    assert named.config.targets == named.model.targets == 384
+    assert Trainer(TrainConfig(targets=384), files, tmp_path).model.targets == 384
 
 
 @pytest.mark.parametrize("targets", [0, 385])
