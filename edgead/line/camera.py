@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgead.errors import DataError, LineError
+from edgead.errors import DataError, EdgeADError, LineError
 from edgead.health import HealthCheck
 from edgead.line.bundles import Bundles
 from edgead.line.inspector import Inspector
@@ -17,6 +17,8 @@ from edgead.line.interfaces import Shot, Source
 from edgead.line.ledger import Decision, Ledger, Part
 from edgead.line.pixels import to_rgb
 from edgead.line.recipe import CameraConfig, Inspection
+from edgead.line.verdicts import Verdict
+from edgead.result import Result
 
 PLAIN_PIXELS = ("rgb", "bgr", "mono")
 LOSSES = ("overflows", "superseded", "unexpected", "late_results")
@@ -48,6 +50,23 @@ class Job:
     @property
     def deadline_ns(self) -> int:
         return self.part.deadline_ns
+
+    def decision(self, answer: Result | BaseException, now_ns: int) -> Decision:
+        """What the model's answer, which came now, means."""
+        if not isinstance(answer, Result):
+            kind = "" if isinstance(answer, EdgeADError) else f"{type(answer).__name__}: "
+            return Decision(Verdict.ERROR, f"{kind}{answer}", now_ns, start_ns=self.start_ns)
+        is_bad = answer.score >= self.threshold
+        sign = ">=" if is_bad else "<"
+        return Decision(
+            Verdict.NG if is_bad else Verdict.OK,
+            f"score {answer.score:.4g} {sign} threshold {self.threshold:.4g}",
+            now_ns,
+            score=answer.score,
+            threshold=self.threshold,
+            start_ns=self.start_ns,
+            end_ns=now_ns,
+        )
 
 
 class Camera:

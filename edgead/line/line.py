@@ -17,12 +17,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from edgead.errors import BackendError, EdgeADError, LineError
+from edgead.errors import BackendError, LineError
 from edgead.line.bundles import Bundles
 from edgead.line.camera import Camera, Job
 from edgead.line.desk import Desk
 from edgead.line.interfaces import Shot
-from edgead.line.ledger import Decision, Part
+from edgead.line.ledger import Part
 from edgead.line.outlet import Outlet
 from edgead.line.verdicts import Verdict
 from edgead.line.waiting import Waiting
@@ -375,7 +375,7 @@ class Line:
                 if isinstance(answer, Result):
                     inspector.note_time(now_ns - job.start_ns)
                     job.part.anomaly_map = answer.anomaly_map
-                decision = _decision(job, answer, now_ns)
+                decision = job.decision(answer, now_ns)
                 if job.is_fit is None:
                     job.answer = decision
                 elif job.is_fit:
@@ -438,20 +438,3 @@ class Line:
         if name not in self._cameras:
             raise LineError(f"there is no camera {name!r}: {', '.join(self._cameras)}")
         return self._cameras[name]
-
-
-def _decision(job: Job, answer: Result | BaseException, now_ns: int) -> Decision:
-    if not isinstance(answer, Result):
-        kind = "" if isinstance(answer, EdgeADError) else f"{type(answer).__name__}: "
-        return Decision(Verdict.ERROR, f"{kind}{answer}", now_ns, start_ns=job.start_ns)
-    is_bad = answer.score >= job.threshold
-    sign = ">=" if is_bad else "<"
-    return Decision(
-        Verdict.NG if is_bad else Verdict.OK,
-        f"score {answer.score:.4g} {sign} threshold {job.threshold:.4g}",
-        now_ns,
-        score=answer.score,
-        threshold=job.threshold,
-        start_ns=job.start_ns,
-        end_ns=now_ns,
-    )
