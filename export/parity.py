@@ -25,7 +25,10 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
 
 In FP32 no verdict may flip at all; in FP16 only scores nearer to the threshold than this.
 """
+LEAST_IMAGES = 20
 MAX_IMAGES = 500
+MAX_PIXELS = MAX_IMAGES * 256 * 256
+"""Of all images: a frame in 16 tiles takes both networks on a small box half a minute."""
 GOLDEN_IMAGES = 4
 MAX_GOLDEN_BYTES = 32 << 20
 
@@ -98,7 +101,8 @@ def compare(
 
     Args:
         model: The networks in plain form.
-        images: Image files; of more than 500, 500 at equal distances are taken.
+        images: Image files. Of more than 500, 500 at equal distances are taken; fewer where the networks
+            take images of more than 256x256 px, but never fewer than 20.
         frame: Size of the graph's input where the graph resizes; images of another size are fitted
             first.
         root: Folder that image names are given relative to.
@@ -115,8 +119,7 @@ def compare(
             "the parity gate needs images and the run has none;"
             " train on a data set with validation or test images"
         )
-    taken = np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).round().astype(int)
-    chosen = [images[i] for i in taken]
+    chosen = [images[i] for i in taken(len(images), model.input_px)]
     size = frame or model.input_px
     reference, exported, map_deviations = _run_both(
         model, onnx_content, chosen, size=size, calibration=calibration, progress=progress
@@ -135,6 +138,13 @@ def compare(
     margin = max(parity.margin, TOLERANCE["fp16"] * parity.score_spread)
     picked = choose_golden(reference, threshold, margin, bytes_per_image=size[0] * size[1] * 3)
     return parity, _golden(model, [chosen[i] for i in picked], size, calibration)
+
+
+def taken(count: int, input_px: tuple[int, int]) -> list[int]:
+    """Which of `count` images the gate looks at, for networks that take this size."""
+    most = max(LEAST_IMAGES, MAX_PIXELS // (input_px[0] * input_px[1]))
+    places: list[int] = np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+    return places
 
 
 def _run_both(

@@ -11,7 +11,7 @@ import pytest
 
 from edgead.bundle import Bundle
 from edgead.errors import ExportError
-from edgead.export.parity import Flip, Parity, choose_golden, compare
+from edgead.export.parity import Flip, Parity, choose_golden, compare, taken
 from edgead.image import list_images
 from edgead.training.run import read_run
 
@@ -61,6 +61,13 @@ def test_nan_is_stopped(arguments: dict[str, object]) -> None:
     content = _damaged(arguments["onnx_content"], float("nan"))  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="NaN or infinite scores"):
         compare(**{**arguments, "onnx_content": content})  # type: ignore[arg-type]
+
+
+def test_large_frames_are_compared_on_fewer_images() -> None:
+    assert taken(10, (256, 256)) == taken(10, (4096, 4096)) == list(range(10))
+    assert len(taken(501, (256, 256))) == 500 and taken(501, (256, 256))[-1] == 500
+    assert len(taken(104, (900, 900))) == 40 and len(taken(104, (2048, 2048))) == 20
+    assert taken(39, (2048, 2048)) == list(range(0, 39, 2))
 
 
 def test_no_images_is_an_error(arguments: dict[str, object]) -> None:
