@@ -30,7 +30,6 @@ from edgead.manifest import (
     OutputSpec,
     Threshold,
 )
-from edgead.models.base import AnomalyModel
 from edgead.models.efficientad import EfficientAD
 from edgead.models.tiled import Tiled
 from edgead.training.data import open_dataset
@@ -102,9 +101,8 @@ def export_run(
         threshold=record["threshold"]["value"],
     )
     manifest = _manifest(finished, parity, precision, frame, name or record["data"]["name"])
-    if outcome:
-        cost = _cost(graph) if reduction else {}
-        manifest = replace(manifest, model=manifest.model | cost | {"reduction": outcome})
+    about = _cost(graph) | ({"reduction": outcome} if outcome else {})
+    manifest = replace(manifest, model=manifest.model | about)
     write_bundle(Path(out), manifest, content, golden)
     return parity
 
@@ -187,7 +185,6 @@ def _manifest(
         threshold=Threshold(**threshold),
         parity=parity.to_dict(),
         model={
-            **_describe_model(model),
             **model.architecture(),
             **record["weights"],
             **{key: record[key] for key in (HEALTH,) if key in record},  # runs before it was taken
@@ -196,22 +193,13 @@ def _manifest(
     )
 
 
-def _describe_model(model: AnomalyModel) -> dict[str, Any]:
-    """Size and cost of the networks as published; the merged graph needs no more."""
-    return _counted(model, torch.zeros(1, 3, *model.input_px, dtype=torch.uint8))
-
-
 def _cost(graph: MergedGraph) -> dict[str, Any]:
-    """The same of a graph with fewer directions."""
+    """Parameters and operations of what ships."""
     height, width = graph.frame or graph.input_px
     image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
-    return _counted(graph, image, torch.zeros(graph.calibration_values))
-
-
-def _counted(module: torch.nn.Module, *inputs: torch.Tensor) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        module(*inputs)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+        graph(image, torch.zeros(graph.calibration_values))
+    parameters = sum(parameter.numel() for parameter in graph.parameters())
     gflop = round(counter.get_total_flops() / 1e9, 1)
     return {"parameters": parameters, "gflop_per_image": gflop}
 
