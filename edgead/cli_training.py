@@ -85,8 +85,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         type=int,
         metavar="K",
         help="train on K principal directions of the teacher instead of its 384 channels, which makes"
-        " steps and graph quicker (default: 64 with the teacher that comes with edgead, with another one"
-        " all 384, as published)",
+        " steps and graph quicker (default: 128 with the teachers that come with edgead, with another"
+        " one all 384, as published)",
     )
     sub.add_argument(
         "--image-px",

@@ -148,13 +148,13 @@ def test_a_run_resumes_and_exports(
     assert "10 images, largest score deviation" in capsys.readouterr().out
 
 
-def test_default_is_64_with_a_teacher_that_ships(
+def test_default_is_128_with_a_teacher_that_ships(
     tmp_path: Path, random_teacher: Path, natural_images: Path
 ) -> None:
     """Of another teacher nobody knows where its energy lies."""
     files = {"penalty": natural_images}
     shipped = Trainer(TrainConfig(), files, tmp_path)
-    assert shipped.config.targets == shipped.model.targets == 64
+    assert shipped.config.targets == shipped.model.targets == 128
     named = Trainer(TrainConfig(), {**files, "teacher": random_teacher}, tmp_path)
     assert named.config.targets == named.model.targets == 384
     assert Trainer(TrainConfig(targets=384), files, tmp_path).model.targets == 384
