@@ -162,12 +162,8 @@ class Whole(nn.Module):
 
     def __init__(self, frame_px: tuple[int, int], inner: AnomalyModel, blind: int) -> None:
         super().__init__()
-        self.resize, self.blind, self.whole_maps = (
-            Resize(frame_px, inner.input_px),
-            blind,
-            inner.whole_maps,
-        )
-        cell_px = _cell_px(inner)
+        self.resize, self.blind = Resize(frame_px, inner.input_px), blind
+        self.whole_maps, cell_px = inner.whole_maps, _cell_px(inner)
         self.cells = (frame_px[0] // cell_px, frame_px[1] // cell_px)
 
     def forward(self, frames: Tensor, networks: nn.Module) -> tuple[Tensor, ...]:
