@@ -52,7 +52,7 @@ def peer(tmp_path: Path) -> Path:
 def test_all_loops_and_a_peer_take_turns(peer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm", reason="tqdm is not installed")
     monkeypatch.setattr(train_step, "WARM_UP", 1)
-    seconds, versions = train_step.measure(2, torch.device("cpu"), (peer,), steps=1)
+    seconds, versions = train_step.measure(1, torch.device("cpu"), (peer,), steps=2)
     assert set(seconds) == {*train_step.LOOPS, "nelson1425"} and set(versions) == {"nelson1425"}
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert 0.02 <= min(seconds["nelson1425"])
