@@ -14,10 +14,9 @@ import resource
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from edgead.image import write_image
+from edgead.benchmarks.train_step_peer import noise_images
 from edgead.methods import configure
 from edgead.training.data import open_dataset
 from edgead.training.train import train
@@ -31,14 +30,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--method", default="efficientad-s", choices=("efficientad-s", "efficientad-m"))
     arguments = parser.parse_args()
-    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         good, penalty = Path(folder) / "data" / "good", Path(folder) / "penalty"
-        for path, count in ((good, arguments.images), (penalty, 8)):
-            path.mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)
-                write_image(path / f"{index:03}.png", pixels)
+        noise_images(good, arguments.images, 300)
+        noise_images(penalty, 8, 300)
         config = configure(arguments.method, steps=arguments.steps)
         train(open_dataset(good.parent), Path(folder) / "run", config, penalty=penalty)
     record = {

@@ -78,11 +78,6 @@ def loops(device: torch.device) -> dict[str, Callable[[int], object]]:
         for i in range(8)
     ]
 
-    def made(config: TrainConfig) -> tuple[EfficientAD, torch.optim.Optimizer]:
-        model = build_model(PDN("s").eval(), seed=0, targets=config.targets or FEATURES)
-        model.to(device, memory_format=torch.channels_last).train()
-        return model, config.optimizer_of(model)
-
     plain = build_model(PDN("s").eval(), seed=0).to(device).train()
     parameters = [*plain.student.parameters(), *plain.autoencoder.parameters()]
     plain_adam = torch.optim.Adam(parameters, 1e-4, weight_decay=1e-5)
@@ -91,7 +86,9 @@ def loops(device: torch.device) -> dict[str, Callable[[int], object]]:
     }
 
     def add(name: str, config: TrainConfig) -> None:
-        model, optimizer = made(config)
+        model = build_model(PDN("s").eval(), seed=0, targets=config.targets or FEATURES)
+        model.to(device, memory_format=torch.channels_last).train()
+        optimizer = config.optimizer_of(model)
         natural = torch.eye(FEATURES, dtype=torch.float64)
         targets = TeacherTargets(model, images, device, 64, lambda: natural)
         found[name] = lambda step: _step(

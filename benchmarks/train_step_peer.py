@@ -51,7 +51,8 @@ def name_of(path: Path) -> str:
     )
 
 
-def _images(folder: Path, count: int, side_px: int) -> None:
+def noise_images(folder: Path, count: int, side_px: int) -> None:
+    """Writes square pictures of noise into a new folder."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for index in range(count):
@@ -65,9 +66,9 @@ def nelson1425(folder: Path, steps: int) -> list[float]:
     common: Any = importlib.import_module("common")
     import torch
 
-    _images(folder / "mvtec" / "noise" / "train" / "good", 8, 256)
-    _images(folder / "mvtec" / "noise" / "test" / "good", 1, 256)
-    _images(folder / "penalty" / "all", 8, 512)
+    noise_images(folder / "mvtec" / "noise" / "train" / "good", 8, 256)
+    noise_images(folder / "mvtec" / "noise" / "test" / "good", 1, 256)
+    noise_images(folder / "penalty" / "all", 8, 512)
     weights = folder / "teacher.pth"
     torch.save(common.get_pdn_small(384).state_dict(), weights)
     ticks: list[float] = []
@@ -109,7 +110,7 @@ def anomalib(folder: Path, steps: int) -> list[float]:
     from anomalib.data import ImageBatch
     from anomalib.models import EfficientAd
 
-    _images(folder / "penalty" / "all", 8, 512)
+    noise_images(folder / "penalty" / "all", 8, 512)
     model: Any = EfficientAd(imagenet_dir=folder / "penalty", model_size="small")
     model.prepare_imagenette_data((256, 256))
     channels = model.model.teacher_out_channels

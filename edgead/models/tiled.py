@@ -80,6 +80,7 @@ class Tiled(AnomalyModel):
 
     Attributes:
         corners: First row and first column of every tile, row by row.
+        local: How many of the raw maps, the first ones, are made of tiles.
 
     Raises:
         TrainingError: overlap or frame do not suit the networks.
@@ -102,6 +103,7 @@ class Tiled(AnomalyModel):
         overlap_cells = overlap * inner.map_cells[0] / tile
         self.grid = Grid(self.map_cells, inner.map_cells[0], overlap_cells, cell_px, blind)
         self.whole = Whole(self.input_px, inner, blind) if inner.whole_maps else None
+        self.local = len(inner.raw_names) - inner.whole_maps
         self.corners = [(top, left) for top in self.grid.tops for left in self.grid.lefts]
         if max(frame) > MOST_PX or len(self.corners) > MOST_TILES:
             raise TrainingError(
@@ -117,8 +119,7 @@ class Tiled(AnomalyModel):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Raw maps of frames; at the edges they lack the cells that those of the networks lack."""
-        local = len(self.raw_names) - self.inner.whole_maps
-        parts = [self.inner(tiles)[:local] for tiles in self.grid.cut(images).split(TILES_AT_ONCE)]
+        parts = [self.inner(tiles)[: self.local] for tiles in self.grid.cut(images).split(TILES_AT_ONCE)]
         merged = tuple(self.grid.merge(torch.cat(maps)) for maps in zip(*parts, strict=True))
         return merged + self.whole(images, self.inner) if self.whole else merged
 
@@ -143,7 +144,7 @@ class MergedTiled(nn.Module):
     def __init__(self, model: Tiled, dtype: torch.dtype) -> None:
         super().__init__()
         self.grid, self.whole, self.networks = model.grid, model.whole, model.inner.merged(dtype)
-        self.local = len(model.raw_names) - model.inner.whole_maps
+        self.local = model.local
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         merged = tuple(self.grid.merge(raw) for raw in self.networks(self.grid.cut(x))[: self.local])
