@@ -8,6 +8,7 @@ false-reject rate. Test images are never involved. numpy only.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgead.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 Q_LOW, Q_HIGH = 0.9, 0.995
 ODD = 5.0
@@ -70,13 +73,16 @@ def _odd(maps: np.ndarray) -> np.ndarray:
     return high > ODD * usual if usual > 0 else np.zeros(len(maps), bool)
 
 
-def odd_warning(image: object) -> str:
-    """For the log: what to do about an odd image."""
-    return (
-        f"{image}: the anomaly map of this good image is over {ODD:.0f} times as high as is usual."
-        " Scale and threshold leave it out, so that parts like it may be rejected: look at it; if it is"
-        " a good part, add more images like it"
-    )
+def warn_of_odd(images: Sequence[object], odd: Sequence[int]) -> None:
+    """Names odd images, by their indices, in the log, and what to do about them."""
+    for index in odd:
+        log.warning(
+            "%s: the anomaly map of this good image is over %.0f times as high as is usual."
+            " Scale and threshold leave it out, so that parts like it may be rejected: look at it; if it"
+            " is a good part, add more images like it",
+            images[index],
+            ODD,
+        )
 
 
 def graph_constants(*scales: MapScale) -> np.ndarray:

@@ -7,7 +7,6 @@ measured (see `edgead.calibration`). What was before stays in the bundle, and `u
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +26,6 @@ from edgead.manifest import Calibration, Manifest, Threshold
 from edgead.runtime import open_backend
 from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE, Backend
 from edgead.runtime.replay import replay
-
-log = logging.getLogger(__name__)
 
 HISTORY = "recalibrations"
 KEPT = 20
@@ -168,8 +165,7 @@ class _Measure:
                 values.append(self._run(image, units[index])[1][inside])
         raw = [np.stack(values) for values in maps]
         odd = calibration.odd_images(*raw)
-        for index in odd:
-            log.warning("%s", calibration.odd_warning(self.images[index]))
+        calibration.warn_of_odd(self.images, odd)
         return [calibration.MapScale.of(values) for values in raw], odd
 
     def scores(self, constants: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import logging
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from edgead.calibration import (
     choose_threshold,
     graph_constants,
     odd_images,
-    odd_warning,
+    warn_of_odd,
 )
 from edgead.errors import TrainingError
 from edgead.files import write_text
@@ -43,8 +42,6 @@ from edgead.training.run import (
     images_file,
 )
 from edgead.training.session import Progress, Session
-
-log = logging.getLogger(__name__)
 
 HEALTH_IMAGES = 300  # are enough for the quantiles of their figures
 
@@ -123,8 +120,7 @@ def train(
     model.to(chosen)  # with what a tiled one has around the trained networks
     good = iterate_images(dataset.validation, model.input_px)
     calibration, threshold = calibrate(model, good, config.false_reject, chosen)
-    for index in calibration["odd_images"]:
-        log.warning("%s", odd_warning(dataset.validation[index]))
+    warn_of_odd(dataset.validation, calibration["odd_images"])
     record = {
         "method": config.method,
         "config": asdict(config),
