@@ -40,6 +40,7 @@ from edgead.export.pack import export_run
 from edgead.files import write_text
 from edgead.image import list_images
 from edgead.methods import trainer_of
+from edgead.models.files import shipped_teacher
 from edgead.training import train as training
 from edgead.training.data import open_dataset
 from edgead.training.run import RUN_FILE
@@ -66,8 +67,8 @@ COUNTS = ("good_images", "defect_images", "false_rejects", "missed_defects")
 def prepare(out: Path, job: Job, root: Path) -> Path:
     """Make the folder of a job and write down what to do; returns the folder.
 
-    Its name ends with a hash over all that the figures depend on: settings, images, teacher and version
-    of edgead. What has changed gets a new folder, and nothing old is taken for new.
+    Its name ends with a hash over all that the figures depend on: settings, images, frozen weights and
+    version of edgead. What has changed gets a new folder, and nothing old is taken for new.
     """
     facts = {**asdict(job), "inputs": _inputs(root, job), "version": __version__}
     del facts["published"]
@@ -192,11 +193,17 @@ def _inputs(root: Path, job: Job) -> dict[str, str | None]:
     return {
         "data": _quietly(_data_hash, root / job.data),
         "penalty": _quietly(_names_hash, root / job.penalty) if job.penalty else None,
-        "teacher": _quietly(_teacher_hash, root / job.teacher if job.teacher else None),
+        "weights": _quietly(_file_hash, _weights(root, job)),
     }
 
 
-def _quietly(function: Any, path: Path | None) -> str | None:
+def _weights(root: Path, job: Job) -> Path:
+    """The frozen network of a job."""
+    named = job.teacher or job.backbone
+    return root / named if named else shipped_teacher(job.config.get("size", "s"))
+
+
+def _quietly(function: Any, path: Path) -> str | None:
     try:
         return str(function(path))
     except (DataError, OSError):
@@ -218,11 +225,8 @@ def _names_hash(folder: Path) -> str:
 
 
 @cache
-def _teacher_hash(path: Path | None) -> str:
-    """Of a teacher file, or of all that ship."""
-    weights = Path(training.__file__).parents[1] / "weights"
-    files = [path] if path else sorted(weights.glob("*.safetensors"))
-    return _hash(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _hash(*parts: str) -> str:

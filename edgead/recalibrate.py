@@ -88,7 +88,7 @@ def recalibrate(
         measure = _Measure(runner, manifest, images, progress)
         scales, odd = measure.scales()
         constants = calibration.graph_constants(*scales)
-        scores, old = measure.scores(constants), measure.scores(_constants(manifest))
+        scores, old = measure.scores(constants, _constants(manifest))
         threshold = calibration.choose_threshold(scores, odd=odd, false_reject=rate)
     stands = asdict(threshold)
     names = manifest.calibration.names
@@ -168,9 +168,9 @@ class _Measure:
         calibration.warn_of_odd(self.images, odd)
         return [calibration.MapScale.of(values) for values in raw], odd
 
-    def scores(self, constants: np.ndarray) -> np.ndarray:
-        """Image scores float64 [N]."""
-        return np.array([self._run(image, constants)[0] for image in self._each()], np.float64)
+    def scores(self, *constants: np.ndarray) -> np.ndarray:
+        """Image scores with each of K constants, float64 [K, N]."""
+        return np.array([[self._run(image, c)[0] for c in constants] for image in self._each()]).T
 
     def _each(self) -> Iterator[np.ndarray]:
         for path in self.images:
@@ -180,7 +180,7 @@ class _Measure:
                 raise DataError(f"{path}: {error}") from error
             self.done += 1
             if self.progress:
-                self.progress(self.done, 3 * len(self.images))
+                self.progress(self.done, 2 * len(self.images))
 
     def _run(self, image: np.ndarray, constants: np.ndarray) -> tuple[float, np.ndarray]:
         outputs = self.backend.infer({IMAGE: image[None], CALIBRATION: constants})

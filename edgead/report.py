@@ -39,7 +39,7 @@ CROP_PX = 64  # shortest side of the surroundings in which a small defect is sho
 STRIP = 8  # how many of the tiniest defects found, and missed, are shown
 # Plots are drawn in these colours, which then become variables of the page, to follow its theme.
 INK, GRID, MARK = "#010203", "#010204", "#010205"
-SERIES = tuple(f"#0102{10 + index}" for index in range(8))  # the first is for good images
+SERIES = tuple(f"#0102{10 + index}" for index in range(12))  # the first is for good images
 PLOT_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -119,6 +119,7 @@ def write_report(
         remark=remark,
         defects=defects,
         series=series,
+        colors=len(SERIES),
         cards=_cards(evaluation, thumbnails, kinds=list(series)),
         strip=strip,
         crops=crops,

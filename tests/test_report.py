@@ -19,7 +19,7 @@ from edgead.errors import EdgeADError
 from edgead.evaluate import Evaluation, Row
 from edgead.image import enlarge, write_image
 from edgead.metrics import PixelScores
-from edgead.report import THUMBNAIL_PX, Picture, heat_scale, load_pictures, write_report
+from edgead.report import SERIES, THUMBNAIL_PX, Picture, heat_scale, load_pictures, write_report
 from edgead.training import data
 
 pytest.importorskip("jinja2")
@@ -178,6 +178,13 @@ def test_the_page_needs_nothing_from_outside(page: Page) -> None:
     policy = next(a["content"] for a in page.with_tag("meta") if "http-equiv" in a)
     assert policy is not None
     assert policy.startswith("default-src 'none'")
+
+
+def test_every_series_has_a_colour_of_its_own_in_both_themes(page: Page) -> None:
+    for index in range(len(SERIES)):
+        assert len(re.findall(rf"--s{index}: #", page.html)) == 2
+    colours = re.findall(r"--s\d+: (#\w+);", page.html)
+    assert len(colours) == len(set(colours)) == 2 * len(SERIES)
 
 
 def test_names_from_files_are_text_and_nothing_else(page: Page) -> None:

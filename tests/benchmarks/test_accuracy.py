@@ -216,7 +216,7 @@ def test_a_job_is_told_by_all_that_its_figures_depend_on(
     shutil.copytree(root, copy)
 
     def name(**changes: Any) -> str:
-        for cached in (accuracy_job._data_hash, accuracy_job._names_hash, accuracy_job._teacher_hash):
+        for cached in (accuracy_job._data_hash, accuracy_job._names_hash, accuracy_job._file_hash):
             cached.cache_clear()
         job = accuracy_list.Job(**{**vars(jobs[0]), **changes})
         return accuracy_job.prepare(tmp_path / "out", job, copy).name
@@ -230,10 +230,11 @@ def test_a_job_is_told_by_all_that_its_figures_depend_on(
         name(backend="openvino"),
         name(config={**jobs[0].config, "learning_rate": 2e-3}),
         name(teacher=None),
+        name(teacher=None, backbone="teacher.safetensors"),
     ]
     with (copy / "teacher.safetensors").open("ab") as file:
         file.write(b" ")
-    names.append(name())
+    names += [name(), name(teacher=None, backbone="teacher.safetensors")]
     next((copy / "tray" / "test" / "good").iterdir()).unlink()
     names.append(name())
     shutil.copy(copy / "tray/train/good/000.jpg", copy / "tray/train/good/zzz.jpg")
