@@ -22,12 +22,12 @@ NOT_KEYS = ("recipes", "kind", "source")
 
 
 def described(kind: type) -> dict[str, str]:
-    """Text of each field, from the section Attributes of the docstring."""
+    """Text of each field, from the sections Attributes of the docstrings of a class and its bases."""
+    found = described(kind.__base__) if kind.__base__ not in (None, object) else {}
     doc = re.sub(r"\n {4}", "\n", kind.__doc__ or "")
     _, _, attributes = doc.partition("Attributes:\n")
     attributes = attributes.split("\n\n")[0]
     entries = re.split(r"\n {4}(?=[\w, ]+:)", "\n" + attributes.rstrip())
-    found = {}
     for entry in entries[1:]:
         names, _, text = entry.partition(":")
         found |= dict.fromkeys(names.split(", "), " ".join(text.split()))

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from edgead.errors import LineError
 from edgead.line.handshake import Inputs, Outputs
 from edgead.line.interfaces import Controls
-from edgead.line.sinks.plc import PlcSink, Write, check
+from edgead.line.sinks.plc import PlcConfig, PlcSink, Write
 
 if TYPE_CHECKING:
     from pymodbus.constants import ExcCodes
@@ -51,25 +51,14 @@ _LONGEST_REQUEST_BYTES = 254
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PlcConfig):
     """Modbus/TCP server: trigger, result and acknowledgement for a PLC.
 
     Attributes:
-        host: Address to listen at. Modbus has no passwords: whoever reaches it can trigger the line.
         port: PLCs expect 502, which needs root or CAP_NET_BIND_SERVICE.
-        queue: Results of a camera that wait at most to be acknowledged.
-        heartbeat_s: Period of the heartbeat of the line.
-        plc_timeout_s: After how long a heartbeat of the PLC that stands still is logged and counted.
     """
 
-    host: str = "127.0.0.1"
     port: int = 502
-    queue: int = 1000
-    heartbeat_s: float = 0.5
-    plc_timeout_s: float | None = None
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def open_sink(config: Config, *, controls: Controls) -> PlcSink:

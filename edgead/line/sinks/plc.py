@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
 from typing import Protocol
 
 from edgead.errors import LineError
@@ -27,19 +28,34 @@ START_S = 60.0  # an OPC UA server takes seconds on a small board
 STOP_S = 0.8
 
 
-class PlcSettings(Protocol):
-    """The part of a Config that both have."""
+@dataclass(frozen=True, kw_only=True)
+class PlcConfig:
+    """Settings that every server for a PLC has.
 
-    @property
-    def host(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def queue(self) -> int: ...
-    @property
-    def heartbeat_s(self) -> float: ...
-    @property
-    def plc_timeout_s(self) -> float | None: ...
+    Attributes:
+        host: Address to listen at. There are no passwords: whoever reaches it can trigger the line.
+        port: To listen at.
+        queue: Results of a camera that wait at most to be acknowledged.
+        heartbeat_s: Period of the heartbeat of the line.
+        plc_timeout_s: After how long a heartbeat of the PLC that stands still is logged and counted.
+    """
+
+    host: str = "127.0.0.1"
+    port: int
+    queue: int = 1000
+    heartbeat_s: float = 0.5
+    plc_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises LineError for a value that cannot be."""
+        if not 1 <= self.port <= 65535:
+            raise LineError(f"port is {self.port}, expected 1 to 65535")
+        if self.queue < 1:
+            raise LineError(f"queue is {self.queue}, expected at least 1")
+        if not 0.01 <= self.heartbeat_s <= 60:
+            raise LineError(f"heartbeat_s is {self.heartbeat_s:g}, expected 0.01 to 60")
+        if self.plc_timeout_s is not None and not self.plc_timeout_s > 0:
+            raise LineError(f"plc_timeout_s is {self.plc_timeout_s:g}, expected more than 0")
 
 
 class PlcServer(Protocol):
@@ -70,28 +86,12 @@ class PlcServer(Protocol):
         ...
 
 
-def check(config: PlcSettings) -> None:
-    """For `__post_init__`.
-
-    Raises:
-        LineError: A value cannot be.
-    """
-    if not 1 <= config.port <= 65535:
-        raise LineError(f"port is {config.port}, expected 1 to 65535")
-    if config.queue < 1:
-        raise LineError(f"queue is {config.queue}, expected at least 1")
-    if not 0.01 <= config.heartbeat_s <= 60:
-        raise LineError(f"heartbeat_s is {config.heartbeat_s:g}, expected 0.01 to 60")
-    if config.plc_timeout_s is not None and not config.plc_timeout_s > 0:
-        raise LineError(f"plc_timeout_s is {config.plc_timeout_s:g}, expected more than 0")
-
-
 class PlcSink:
     """Implements `edgead.line.interfaces.Sink`: shows each record to the PLC, one after the other."""
 
     wants_pictures = False
 
-    def __init__(self, config: PlcSettings, server: PlcServer, controls: Controls) -> None:
+    def __init__(self, config: PlcConfig, server: PlcServer, controls: Controls) -> None:
         """Starts the server.
 
         Raises:
