@@ -102,7 +102,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--tile",
         type=int,
         metavar="PX",
-        help="inspect tiles of PX x PX px of the images instead of images made small, for tiny defects;"
+        help="inspect tiles of PX x PX px of the images beside the images made small, for tiny defects;"
         " at the side of the network's input, such as 256, they keep their resolution",
     )
     sub.add_argument(

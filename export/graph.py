@@ -51,6 +51,6 @@ class MergedGraph(nn.Module):
         """
         x = image.float()  # cast first: TensorRT refuses to transpose uint8
         if self.frame is not None:
-            x = self.resize(x)
+            x = torch.round(self.resize(x))  # as the pixels of an image
         maps = self._anomaly_map(self.networks(x.permute(0, 3, 1, 2)), calibration)
         return self._score(maps), maps

@@ -335,7 +335,8 @@ class Trainer:
         """Train both directions."""
         config, transfer = self.config, self.model.transfer
         count = len(session.images)
-        per_epoch = math.ceil(count / BATCH)
+        learned = session.shares(np.arange(count))
+        per_epoch = math.ceil(len(learned) / BATCH)
         session.lasts(EPOCHS * per_epoch)
         default = VIT_RATE if isinstance(self.model.backbone, ViTBackbone) else CONV_RATE
         rate = config.learning_rate or default
@@ -355,7 +356,7 @@ class Trainer:
         session.begin()
         while session.fraction_done() < 1:
             epoch, batch = divmod(session.step, per_epoch)
-            order = np.random.default_rng([config.seed, epoch]).permutation(count)
+            order = np.random.default_rng([config.seed, epoch]).permutation(learned)
             earlier, later = transfer.on_one_grid(*features(order[batch * BATCH : (batch + 1) * BATCH]))
             with session.autocast():
                 predicted = transfer.backward_net(later), transfer.forward_net(earlier)

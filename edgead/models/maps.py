@@ -30,7 +30,7 @@ def both_axes(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Resize(nn.Module):
-    """What `edgead.image.resize` does, in a graph.
+    """What `edgead.image.resize` does before it rounds, in a graph.
 
     Args:
         source_px, target_px: (height, width) of the images before and after.
@@ -46,10 +46,10 @@ class Resize(nn.Module):
             self.register_buffer(name, matrix[:, :, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Float32 [N, H, W, 3] to whole numbers [N, h, w, 3].
+        """Float32 [N, H, W, 3] to [N, h, w, 3].
 
         The two products with a matrix are convolutions, because TensorRT for RTX has no float32 products
         for Turing.
         """
         wide = F.conv2d(images.permute(0, 2, 1, 3), self.columns)  # N, columns, H, 3
-        return torch.round(F.conv2d(wide.permute(0, 2, 1, 3), self.rows))
+        return F.conv2d(wide.permute(0, 2, 1, 3), self.rows)

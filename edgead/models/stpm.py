@@ -251,8 +251,9 @@ class Trainer:
         """Train the student, and keep it as it was after the epoch with the lowest validation maps."""
         model, config, device = self.model, self.config, session.device
         learned, held_out = split(len(session.images), config.seed)
+        shown = session.shares(learned)
         size = BATCHES[model.teacher.kind]
-        per_epoch = math.ceil(len(learned) / size)
+        per_epoch = math.ceil(len(shown) / size)
         session.lasts(EPOCHS * per_epoch)
         model.to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
@@ -275,7 +276,7 @@ class Trainer:
         session.begin()
         while session.fraction_done() < 1:
             epoch, batch = divmod(session.step, per_epoch)
-            order = np.random.default_rng([config.seed, epoch]).permutation(learned)
+            order = np.random.default_rng([config.seed, epoch]).permutation(shown)
             chosen = order[batch * size : (batch + 1) * size]
             model.train()
             with session.autocast():

@@ -1,14 +1,18 @@
-"""Tiled inspection: the networks see every part of a frame at its own resolution, in one graph.
+"""Tiled inspection: the networks see every part of a frame at its own resolution, and the frame as a
+whole, in one graph.
 
 A frame is cut into overlapping tiles of the networks' input size, all tiles go through the networks as
 one batch, and their raw maps are merged into one map of the frame.
 
+Tiles find what is tiny, and have no context: on defects larger than a tile they are worse than a small
+picture of the whole frame. So the networks learn and judge the frame at their own input size, too; its
+raw maps are enlarged to those of the tiles, and calibrated beside them. EfficientAD has a network for
+this already: its autoencoder sees the whole frame only (`AnomalyModel.whole_maps`), its student only
+tiles.
+
 Where tiles overlap, the weight of each falls linearly with the distance to its edge, and is zero in the
 outer part of the overlap: what a network tells of cells near an edge depends on what it makes up for the
 pixels beyond. The weights of all tiles add up to 1 in every cell.
-
-A network that judges the image as a whole, EfficientAD's autoencoder, learns and judges the frame at its
-own input size instead (`AnomalyModel.whole_maps`); its map is enlarged to that of the tiles.
 
 How much a seam shows depends on how far the networks look. PDNs look 16 px beyond a cell: from an
 overlap of 64 px on (32 with EfficientAD's blind border), their map is that of the whole frame. Deep
@@ -80,7 +84,9 @@ class Tiled(AnomalyModel):
 
     Attributes:
         corners: First row and first column of every tile, row by row.
-        local: How many of the raw maps, the first ones, are made of tiles.
+        local: How many of the raw maps, the first ones, are made of tiles; the others of the whole
+            frame.
+        learns_whole: Whether the same network sees tiles and whole frames, and has to learn both.
 
     Raises:
         TrainingError: overlap or frame do not suit the networks.
@@ -89,8 +95,13 @@ class Tiled(AnomalyModel):
     def __init__(self, inner: AnomalyModel, *, tile: int, overlap: int, frame: Sequence[int]) -> None:
         super().__init__()
         self.inner, self.tile, self.overlap = inner, tile, overlap
-        self.raw_names = inner.raw_names
-        self.meaning = f"{inner.meaning}; of the tiles of a frame, merged (model.tiling)"
+        self.learns_whole = inner.whole_maps == 0
+        whole_names = [f"{name}_whole" for name in inner.raw_names] if self.learns_whole else []
+        self.raw_names = (*inner.raw_names, *whole_names)
+        self.local = len(inner.raw_names) - inner.whole_maps
+        self.meaning = (
+            f"{inner.meaning}; of the tiles of a frame, merged (model.tiling), and of the frame"
+        )
         cell_px, blind = _cell_px(inner), inner.blind_cells
         least = 2 * blind * cell_px * tile // inner.input_px[0]
         if not least <= overlap <= tile // 2:
@@ -102,8 +113,7 @@ class Tiled(AnomalyModel):
         self.map_cells = (height // cell_px, width // cell_px)
         overlap_cells = overlap * inner.map_cells[0] / tile
         self.grid = Grid(self.map_cells, inner.map_cells[0], overlap_cells, cell_px, blind)
-        self.whole = Whole(self.input_px, inner, blind) if inner.whole_maps else None
-        self.local = len(inner.raw_names) - inner.whole_maps
+        self.whole = Whole(self.input_px, inner, blind, len(self.raw_names) - self.local)
         self.corners = [(top, left) for top in self.grid.tops for left in self.grid.lefts]
         if max(frame) > MOST_PX or len(self.corners) > MOST_TILES:
             raise TrainingError(
@@ -121,7 +131,7 @@ class Tiled(AnomalyModel):
         """Raw maps of frames; at the edges they lack the cells that those of the networks lack."""
         parts = [self.inner(tiles)[: self.local] for tiles in self.grid.cut(images).split(TILES_AT_ONCE)]
         merged = tuple(self.grid.merge(torch.cat(maps)) for maps in zip(*parts, strict=True))
-        return merged + self.whole(images, self.inner) if self.whole else merged
+        return merged + self.whole(images, self.inner)
 
     def merged(self, dtype: torch.dtype) -> MergedTiled:
         return MergedTiled(self, dtype)
@@ -148,29 +158,34 @@ class MergedTiled(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         merged = tuple(self.grid.merge(raw) for raw in self.networks(self.grid.cut(x))[: self.local])
-        return merged + self.whole(x, self.networks) if self.whole else merged
+        return merged + self.whole(x, self.networks)
 
 
 class Whole(nn.Module):
-    """The raw maps that need the whole frame: from the frame at the networks' size, enlarged.
+    """The raw maps of the whole frame: from the frame at the networks' size, enlarged.
 
     Where these maps lack more of the frame's edge than those of the tiles, their outermost cells go on.
 
     Args:
         frame_px: Height and width of the frames.
         blind: Cells at the edges of the frame that raw maps do not have.
+        maps: How many of the raw maps, the last ones, are wanted.
     """
 
-    def __init__(self, frame_px: tuple[int, int], inner: AnomalyModel, blind: int) -> None:
+    def __init__(self, frame_px: tuple[int, int], inner: AnomalyModel, blind: int, maps: int) -> None:
         super().__init__()
-        self.resize, self.blind = Resize(frame_px, inner.input_px), blind
-        self.whole_maps, cell_px = inner.whole_maps, _cell_px(inner)
+        self.resize, self.blind, self.maps = Resize(frame_px, inner.input_px), blind, maps
+        cell_px = _cell_px(inner)
         self.cells = (frame_px[0] // cell_px, frame_px[1] // cell_px)
 
     def forward(self, frames: Tensor, networks: nn.Module) -> tuple[Tensor, ...]:
-        """Raw maps of frames [N, 3, H, W] by networks that take their own size."""
+        """Raw maps of frames [N, 3, H, W] by networks that take their own size.
+
+        Pixels are not rounded: those at half a level would go one way on one device, and another way on
+        the next.
+        """
         small = self.resize(frames.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return tuple(self._enlarged(raw) for raw in networks(small)[-self.whole_maps :])
+        return tuple(self._enlarged(raw) for raw in networks(small)[-self.maps :])
 
     def _enlarged(self, raw: Tensor) -> Tensor:
         blind, (rows, columns) = self.blind, self.cells

@@ -108,28 +108,42 @@ class Tiles:
     Args:
         corners: First row and first column of every tile of an image.
         size_px: Height and width of a tile.
+        with_whole: After the tiles of an image comes the whole image, resized to the size of a tile.
     """
 
     def __init__(
-        self, pool: ImagePool, corners: Sequence[tuple[int, int]], size_px: tuple[int, int]
+        self,
+        pool: ImagePool,
+        corners: Sequence[tuple[int, int]],
+        size_px: tuple[int, int],
+        *,
+        with_whole: bool = False,
     ) -> None:
         self.pool, self.corners, self.size_px = pool, corners, size_px
+        self.per_image = len(corners) + with_whole
 
     def __len__(self) -> int:
-        return len(self.pool) * len(self.corners)
+        return len(self.pool) * self.per_image
 
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"tile {index} of {len(self)}")
-        image, place = divmod(index, len(self.corners))
+        image, place = divmod(index, self.per_image)
+        if place == len(self.corners):
+            return self.whole(index)
         return self.pool.part(image, *self.corners[place], self.size_px)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
 
+    def shares(self, indices: np.ndarray) -> np.ndarray:
+        """These indices, those of whole images as often as an image has tiles."""
+        is_whole = indices % self.per_image == len(self.corners)
+        return np.repeat(indices, np.where(is_whole, len(self.corners), 1))
+
     def whole(self, index: int) -> np.ndarray:
         """The image that a tile is of, resized to the size of a tile."""
-        return resize(self.pool[index // len(self.corners)], *self.size_px)
+        return resize(self.pool[index // self.per_image], *self.size_px)
 
 
 Images = np.ndarray | ImagePool | Tiles  # uint8 [N, h, w, 3], or the same in a file

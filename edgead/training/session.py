@@ -18,7 +18,7 @@ from edgead.errors import TrainingError
 from edgead.files import write_text
 from edgead.training.checkpoint import load_checkpoint, save_checkpoint
 from edgead.training.device import autocast, keep_memory
-from edgead.training.images import Images
+from edgead.training.images import Images, Tiles
 from edgead.training.run import CHECKPOINT_FILE, LOSSES_FILE
 
 Progress = Callable[[float, int, Mapping[str, float]], None]
@@ -72,6 +72,14 @@ class Session:
     def begin(self) -> None:
         """The clock starts here: what was prepared before does not count as training."""
         self._start = self._saved = time.monotonic()
+
+    def shares(self, indices: np.ndarray) -> np.ndarray:
+        """Indices of images as often as an epoch shows them.
+
+        A whole image comes as often as its tiles together: networks that learn both would hardly see it
+        otherwise.
+        """
+        return self.images.shares(indices) if isinstance(self.images, Tiles) else indices
 
     def batch(self, chosen: Iterable[int]) -> torch.Tensor:
         """Training images by their numbers, uint8 [N, 3, h, w] on the device."""

@@ -65,7 +65,7 @@ def train(
         run: Folder to write; see `edgead.training.run`.
         config: A method's settings, see `edgead.methods.configure`; default: EfficientAD-S.
         resume: Go on from the run's checkpoint.
-        tile: Train on tiles of this many px of the images, and inspect whole frames in such tiles; see
+        tile: Train on tiles of this many px of the images, and inspect frames in such tiles, too; see
             `edgead.models.tiled`. The frames have the size of most training images. These lie at that
             size on disk while training: 2.4 MB for 900x900 px.
         overlap: Of neighbouring tiles at least, in px; default: a quarter of a tile.
@@ -104,7 +104,7 @@ def train(
     images = pool = store_images(dataset.train, pool_file, model.input_px)
     settings = {**asdict(config), **trainer.settings, "data": fingerprint, "tiling": None}
     if isinstance(model, Tiled):
-        images = Tiles(pool, model.corners, model.inner.input_px)
+        images = Tiles(pool, model.corners, model.inner.input_px, with_whole=model.learns_whole)
         settings["tiling"] = model.architecture()["tiling"]
     session = Session(
         run,

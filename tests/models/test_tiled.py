@@ -22,7 +22,7 @@ from edgead.calibration import MapScale, graph_constants
 from edgead.cli import main
 from edgead.errors import TrainingError
 from edgead.export.graph import MergedGraph
-from edgead.image import list_images, read_image, resize, write_image
+from edgead.image import list_images, read_image, resize, resize_matrix, write_image
 from edgead.methods import METHODS, Method, configure, trainer_of
 from edgead.models.base import AnomalyModel
 from edgead.models.efficientad import REFLECTED_PX, Border, EfficientAD
@@ -51,6 +51,14 @@ def scene(height: int, width: int, *, seed: int = 0) -> np.ndarray:
 
 def as_input(*images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def shrunk(frame: np.ndarray, side_px: int) -> Tensor:
+    """The frame as networks of this size see it as a whole: resized, not rounded."""
+    rows, columns = (resize_matrix(px, side_px) for px in frame.shape[:2])
+    small = np.einsum("ih,jw,hwc->cij", rows, columns, frame.astype(np.float32))[None]
+    assert np.abs(small[0].transpose(1, 2, 0) - resize(frame, side_px, side_px)).max() < 0.51
+    return torch.from_numpy(small).float()
 
 
 @given(data=st.data(), cells=st.integers(8, 40), blind=st.integers(0, 2))
@@ -89,6 +97,16 @@ def test_training_sees_the_tiles_that_the_graph_cuts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(as_input(*tiles), expected)
     with pytest.raises(IndexError):
         tiles[12]
+    with_whole = Tiles(pool, model.corners, (64, 64), with_whole=True)
+    assert len(with_whole) == 15
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(with_whole[5 * index + 3], tiles[4 * index + 3])
+        np.testing.assert_array_equal(with_whole[5 * index + 4], resize(resize(image, 72, 104), 64, 64))
+    shown = with_whole.shares(
+        np.array([4, 0, 7, 9])
+    )  # four tiles: whole images four times
+    assert shown.tolist() == [4, 4, 4, 4, 0, 7, 9, 9, 9, 9]
+    np.testing.assert_array_equal(tiles.shares(np.arange(12)), np.arange(12))
 
 
 def random_efficientad(border: Border) -> EfficientAD:
@@ -133,13 +151,29 @@ def test_the_autoencoder_sees_the_frame_as_a_whole() -> None:
     tiled = Tiled(inner, tile=256, overlap=32, frame=frame.shape[:2]).eval()
     student, whole = tiled(as_input(frame))
     assert student.shape == whole.shape == (1, 56, 88)
-    small = inner(as_input(resize(frame, 256, 256)))[1]
+    small = inner(shrunk(frame, 256))[1]
     padded = F.pad(small[:, None], (4, 4, 4, 4), mode="replicate")  # 56 cells to 64
     expected = F.interpolate(padded, size=(64, 96), mode="bilinear")[:, 0, 4:-4, 4:-4]
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-6)
     graph = tiled.merged(torch.float32)
     for merged, plain in zip(graph(as_input(frame).float()), (student, whole), strict=True):
         torch.testing.assert_close(merged, plain, rtol=1e-4, atol=1e-4 * float(plain.max()))
+
+
+@torch.inference_mode()
+def test_networks_of_one_kind_see_tiles_and_the_whole_frame() -> None:
+    """What is larger than a tile fills some tiles as well as good parts would: the whole frame tells."""
+    inner = Toy(8)
+    model = Tiled(inner, tile=64, overlap=16, frame=(128, 192)).eval()
+    assert model.raw_names == ("colour", "colour_whole") and model.learns_whole
+    frame = scene(128, 192)
+    tiles, whole = model(as_input(frame))
+    assert tiles.shape == whole.shape == (1, 16, 24)
+    (small,) = inner(shrunk(frame, 64))
+    expected = F.interpolate(small[:, None], size=(16, 24), mode="bilinear")[:, 0]
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-4)
+    maps = model.anomaly_map((tiles, whole), torch.tensor([2.0, 3.0, -1.0]))
+    torch.testing.assert_close(maps, 2 * tiles + 3 * whole - 1)
 
 
 def test_training_shows_the_autoencoder_whole_frames(tmp_path: Path) -> None:
@@ -186,7 +220,7 @@ def test_merged_graph_is_the_plain_form_for_every_batch() -> None:
     inner.mean.uniform_(100, 150, generator=torch.Generator().manual_seed(0))
     model = Tiled(inner, tile=64, overlap=16, frame=(200, 128)).eval()
     frames = np.stack([scene(200, 128, seed=seed) for seed in range(3)])
-    calibration = torch.tensor([0.1, -0.5])
+    calibration = torch.tensor([0.1, 0.2, -0.5])
     plain = model.anomaly_map(model(as_input(*frames)), calibration)
     assert len(model.corners) > 8  # more than the plain form takes at once
     for count in (1, 3):
@@ -195,10 +229,13 @@ def test_merged_graph_is_the_plain_form_for_every_batch() -> None:
         torch.testing.assert_close(score, plain[:count].amax((1, 2)), rtol=1e-5, atol=1e-5)
 
 
-def seam(inner: AnomalyModel, overlap: int, *, seed: int = 3) -> tuple[float, float]:
+def seam(
+    inner: AnomalyModel, overlap: int, *, seed: int = 3, only_tiles: bool = False
+) -> tuple[float, float]:
     """Highest map values at a defect in the middle of an overlap of two tiles, and in that of a tile.
 
-    The two frames are parts of one scene, 128 - overlap / 2 px apart.
+    The two frames are parts of one scene, 128 - overlap / 2 px apart. So the view of the whole frame
+    moves with the defect, which is no seam: `only_tiles` leaves it out.
     """
     width, shift = 512 - overlap, 128 - overlap // 2
     good = scene(256, width + shift, seed=seed)
@@ -209,7 +246,8 @@ def seam(inner: AnomalyModel, overlap: int, *, seed: int = 3) -> tuple[float, fl
     assert model.corners == [(0, 0), (0, 256 - overlap)]
     scales = [MapScale.of(raw.numpy()) for raw in model(as_input(good[:, :width]))]
     raw = model(as_input(bad[:, :width], bad[:, shift:]))
-    maps = model.anomaly_map(raw, torch.from_numpy(graph_constants(*scales)))
+    part = slice(model.local if only_tiles else None)
+    maps = model.anomaly_map(raw[part], torch.from_numpy(graph_constants(*scales[part])))
     cell = 256 // inner.map_cells[0]
     windows = [
         maps[n, 104 // cell : 152 // cell, (middle - 24) // cell : (middle + 24) // cell]
@@ -231,8 +269,7 @@ def fitted(method: str, files: dict[str, Path], folder: Path, **options: object)
 def test_no_seam_in_efficientad(tmp_path: Path, natural_images: Path) -> None:
     """1 % is what the product promises; the overlap is the smallest.
 
-    The student's map has no seam at all. The autoencoder's view of the frame moves with the defect here,
-    between the two parts of a scene, which is no seam, and the reason for the rest.
+    The student's map has no seam at all; the rest is the autoencoder's view of another frame.
     """
     inner = fitted("efficientad-s", {"penalty": natural_images}, tmp_path, steps=3)
     with torch.inference_mode():
@@ -247,8 +284,10 @@ def test_no_seam_on_the_backbone_that_ships(tmp_path: Path) -> None:
     """
     inner = fitted("protoad", {}, tmp_path, max_prototypes=32)
     with torch.inference_mode():
-        between, middle = seam(inner, 64)
+        between, middle = seam(inner, 64, only_tiles=True)
+        whole = seam(inner, 64)
     assert between == pytest.approx(middle, rel=1e-3) and middle > 0.1
+    assert whole[0] == pytest.approx(whole[1], rel=0.01)
 
 
 def test_deep_backbones_need_half_a_tile(tmp_path: Path, shared: Path) -> None:
@@ -258,7 +297,7 @@ def test_deep_backbones_need_half_a_tile(tmp_path: Path, shared: Path) -> None:
     change = {}
     with torch.inference_mode():
         for overlap in (32, 128):
-            pairs = [seam(inner, overlap, seed=seed) for seed in (3, 4, 5)]
+            pairs = [seam(inner, overlap, seed=seed, only_tiles=True) for seed in (3, 4, 5)]
             change[overlap] = np.mean([abs(between / middle - 1) for between, middle in pairs])
     assert change[128] < 0.01 < change[32]
 
@@ -290,7 +329,7 @@ def test_one_graph_inspects_the_whole_frame(
     manifest = edgead.Bundle.open(bundle).manifest
     assert (manifest.input.height, manifest.input.width) == frame
     assert manifest.model["tiling"] == tiling and manifest.map_shape == (frame[0] // 8, frame[1] // 8)
-    assert manifest.calibration.meaning.endswith("merged (model.tiling)")
+    assert manifest.calibration.meaning.endswith("merged (model.tiling), and of the frame")
 
     model = read_run(run).model
     constants = torch.tensor(manifest.calibration.values)
@@ -301,12 +340,14 @@ def test_one_graph_inspects_the_whole_frame(
         np.testing.assert_allclose(result.anomaly_map, maps[0], rtol=1e-4, atol=1e-4)
         assert result.score == pytest.approx(float(maps.max()), rel=1e-4)
 
-    # the networks learned the mean tile, of the tiles of the first images
+    # the networks learned the mean of the first images' tiles, after which comes the whole image
     assert isinstance(model, Tiled) and isinstance(model.inner, Toy)
-    paths = open_dataset(demo_images, seed=0).train
-    frames = as_input(*(resize(read_image(path), *frame) for path in paths))
-    mean = model.grid.cut(frames)[:12].double().mean(0)
-    np.testing.assert_allclose(model.inner.mean, mean, atol=1e-3)
+    seen: list[Tensor] = []
+    for path in open_dataset(demo_images, seed=0).train:
+        image = resize(read_image(path), *frame)
+        seen += [*model.grid.cut(as_input(image)), as_input(resize(image, 64, 64))[0]]
+    assert len(seen) > 12 > len(model.corners) + 1
+    np.testing.assert_allclose(model.inner.mean, torch.stack(seen[:12]).double().mean(0), atol=1e-3)
 
 
 @pytest.mark.usefixtures("toy")
