@@ -22,7 +22,7 @@ class AnomalyModel(nn.Module):
         blind_cells: Cells at each edge of the anomaly map that the raw maps lack.
         raw_names: Names of the raw maps, in the order in which `forward` gives them.
         whole_maps: How many of them, the last ones, judge the image as a whole. Where frames are
-            inspected in tiles, these come from the frame at the networks' size only; see `Tiled`.
+            inspected in tiles, these are not made of tiles; see `Tiled`.
         meaning: One sentence for the manifest: what the raw maps are, and where they are published.
     """
 

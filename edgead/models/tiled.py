@@ -6,9 +6,8 @@ one batch, and their raw maps are merged into one map of the frame.
 
 Tiles find what is tiny, and have no context: on defects larger than a tile they are worse than a small
 picture of the whole frame. So the networks learn and judge the frame at their own input size, too; its
-raw maps are enlarged to those of the tiles, and calibrated beside them. EfficientAD has a network for
-this already: its autoencoder sees the whole frame only (`AnomalyModel.whole_maps`), its student only
-tiles.
+raw maps are enlarged to those of the tiles, and calibrated beside them. What judges an image as a whole
+anyway, EfficientAD's autoencoder (`AnomalyModel.whole_maps`), sees nothing but whole frames.
 
 Where tiles overlap, the weight of each falls linearly with the distance to its edge, and is zero in the
 outer part of the overlap: what a network tells of cells near an edge depends on what it makes up for the
@@ -84,9 +83,8 @@ class Tiled(AnomalyModel):
 
     Attributes:
         corners: First row and first column of every tile, row by row.
-        local: How many of the raw maps, the first ones, are made of tiles; the others of the whole
-            frame.
-        learns_whole: Whether the same network sees tiles and whole frames, and has to learn both.
+        local: How many of the raw maps, the first ones, are made of tiles; the others, all that the
+            networks give, are those of the whole frame.
 
     Raises:
         TrainingError: overlap or frame do not suit the networks.
@@ -95,10 +93,9 @@ class Tiled(AnomalyModel):
     def __init__(self, inner: AnomalyModel, *, tile: int, overlap: int, frame: Sequence[int]) -> None:
         super().__init__()
         self.inner, self.tile, self.overlap = inner, tile, overlap
-        self.learns_whole = inner.whole_maps == 0
-        whole_names = [f"{name}_whole" for name in inner.raw_names] if self.learns_whole else []
-        self.raw_names = (*inner.raw_names, *whole_names)
         self.local = len(inner.raw_names) - inner.whole_maps
+        local, whole = inner.raw_names[: self.local], inner.raw_names[self.local :]
+        self.raw_names = (*local, *(f"{name}_whole" for name in local), *whole)
         self.meaning = (
             f"{inner.meaning}; of the tiles of a frame, merged (model.tiling), and of the frame"
         )
@@ -113,7 +110,7 @@ class Tiled(AnomalyModel):
         self.map_cells = (height // cell_px, width // cell_px)
         overlap_cells = overlap * inner.map_cells[0] / tile
         self.grid = Grid(self.map_cells, inner.map_cells[0], overlap_cells, cell_px, blind)
-        self.whole = Whole(self.input_px, inner, blind, len(self.raw_names) - self.local)
+        self.whole = Whole(self.input_px, inner, blind)
         self.corners = [(top, left) for top in self.grid.tops for left in self.grid.lefts]
         if max(frame) > MOST_PX or len(self.corners) > MOST_TILES:
             raise TrainingError(
@@ -169,12 +166,11 @@ class Whole(nn.Module):
     Args:
         frame_px: Height and width of the frames.
         blind: Cells at the edges of the frame that raw maps do not have.
-        maps: How many of the raw maps, the last ones, are wanted.
     """
 
-    def __init__(self, frame_px: tuple[int, int], inner: AnomalyModel, blind: int, maps: int) -> None:
+    def __init__(self, frame_px: tuple[int, int], inner: AnomalyModel, blind: int) -> None:
         super().__init__()
-        self.resize, self.blind, self.maps = Resize(frame_px, inner.input_px), blind, maps
+        self.resize, self.blind = Resize(frame_px, inner.input_px), blind
         cell_px = _cell_px(inner)
         self.cells = (frame_px[0] // cell_px, frame_px[1] // cell_px)
 
@@ -185,7 +181,7 @@ class Whole(nn.Module):
         the next.
         """
         small = self.resize(frames.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return tuple(self._enlarged(raw) for raw in networks(small)[-self.maps :])
+        return tuple(self._enlarged(raw) for raw in networks(small))
 
     def _enlarged(self, raw: Tensor) -> Tensor:
         blind, (rows, columns) = self.blind, self.cells

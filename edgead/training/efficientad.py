@@ -224,7 +224,8 @@ class Trainer:
         )
         model.train()
         session.begin()
-        batches = _batches(session.images, self.penalty, config.seed, session.step)
+        shown = session.shares(np.arange(len(session.images)))
+        batches = _batches(session.images, shown, self.penalty, config.seed, session.step)
         while (done := session.fraction_done()) < 1:
             index, batch = next(batches)
             optimizer.param_groups[0]["lr"] = config.rate_at(done, session.step)
@@ -271,17 +272,20 @@ def _step(
 
 
 def _batches(
-    images: Images, penalty: PenaltyImages, seed: int, first: int
+    images: Images, shown: np.ndarray, penalty: PenaltyImages, seed: int, first: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Per step the index of the training image and its batch, made ahead.
 
     A batch is [image, penalty image, jittered image], float32 [3, 256, 256, 3]. The jittered one is for
     the autoencoder: of a tile it is the whole image.
+
+    Args:
+        shown: Indices of images to draw from.
     """
 
     def make(step: int) -> tuple[int, np.ndarray]:
         rng = np.random.default_rng([seed, step, 0])
-        index = int(rng.integers(len(images)))
+        index = int(shown[rng.integers(len(shown))])
         image = images[index]
         whole = images.whole(index) if isinstance(images, Tiles) else image
         trio = [image, penalty(step), jitter(whole, rng)]

@@ -105,22 +105,18 @@ class ImagePool:
 class Tiles:
     """The tiles of all images of a pool, image by image; they are cut when they are asked for.
 
+    After the tiles of an image comes the whole image, resized to the size of a tile.
+
     Args:
         corners: First row and first column of every tile of an image.
         size_px: Height and width of a tile.
-        with_whole: After the tiles of an image comes the whole image, resized to the size of a tile.
     """
 
     def __init__(
-        self,
-        pool: ImagePool,
-        corners: Sequence[tuple[int, int]],
-        size_px: tuple[int, int],
-        *,
-        with_whole: bool = False,
+        self, pool: ImagePool, corners: Sequence[tuple[int, int]], size_px: tuple[int, int]
     ) -> None:
         self.pool, self.corners, self.size_px = pool, corners, size_px
-        self.per_image = len(corners) + with_whole
+        self.per_image = len(corners) + 1
 
     def __len__(self) -> int:
         return len(self.pool) * self.per_image

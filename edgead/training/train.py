@@ -104,7 +104,7 @@ def train(
     images = pool = store_images(dataset.train, pool_file, model.input_px)
     settings = {**asdict(config), **trainer.settings, "data": fingerprint, "tiling": None}
     if isinstance(model, Tiled):
-        images = Tiles(pool, model.corners, model.inner.input_px, with_whole=model.learns_whole)
+        images = Tiles(pool, model.corners, model.inner.input_px)
         settings["tiling"] = model.architecture()["tiling"]
     session = Session(
         run,

@@ -92,21 +92,16 @@ def test_training_sees_the_tiles_that_the_graph_cuts(tmp_path: Path) -> None:
     model = Tiled(Toy(8), tile=64, overlap=16, frame=(72, 104))
     pool = store_images(list_images(tmp_path), tmp_path / "images.bin", model.input_px)
     tiles = Tiles(pool, model.corners, (64, 64))
-    assert model.corners == [(0, 0), (0, 40), (8, 0), (8, 40)] and len(tiles) == 12
-    expected = model.grid.cut(as_input(*(resize(image, 72, 104) for image in images)))
-    np.testing.assert_array_equal(as_input(*tiles), expected)
+    assert model.corners == [(0, 0), (0, 40), (8, 0), (8, 40)] and len(tiles) == 15
+    frames = [resize(image, 72, 104) for image in images]
+    cut = model.grid.cut(as_input(*frames)).unflatten(0, (3, 4))
+    for index, frame in enumerate(frames):
+        np.testing.assert_array_equal(as_input(*(tiles[5 * index + n] for n in range(4))), cut[index])
+        np.testing.assert_array_equal(tiles[5 * index + 4], resize(frame, 64, 64))  # and the whole
     with pytest.raises(IndexError):
-        tiles[12]
-    with_whole = Tiles(pool, model.corners, (64, 64), with_whole=True)
-    assert len(with_whole) == 15
-    for index, image in enumerate(images):
-        np.testing.assert_array_equal(with_whole[5 * index + 3], tiles[4 * index + 3])
-        np.testing.assert_array_equal(with_whole[5 * index + 4], resize(resize(image, 72, 104), 64, 64))
-    shown = with_whole.shares(
-        np.array([4, 0, 7, 9])
-    )  # four tiles: whole images four times
-    assert shown.tolist() == [4, 4, 4, 4, 0, 7, 9, 9, 9, 9]
-    np.testing.assert_array_equal(tiles.shares(np.arange(12)), np.arange(12))
+        tiles[15]
+    shown = tiles.shares(np.array([4, 0, 7, 9]))
+    assert shown.tolist() == [4, 4, 4, 4, 0, 7, 9, 9, 9, 9]  # as often as the four tiles together
 
 
 def random_efficientad(border: Border) -> EfficientAD:
@@ -126,7 +121,7 @@ def test_student_map_is_that_of_the_whole_frame(border: Border, overlap: int) ->
     inner = random_efficientad(border)
     frame = as_input(scene(256, 480 - overlap // 2))
     tiled = Tiled(inner, tile=256, overlap=overlap, frame=frame.shape[2:]).eval()
-    student, _ = tiled(frame)
+    student, _, _ = tiled(frame)
 
     x = normalise(frame)
     x = F.pad(x, REFLECTED_PX, mode="reflect") if border == "reflect" else x
@@ -135,7 +130,7 @@ def test_student_map_is_that_of_the_whole_frame(border: Border, overlap: int) ->
     assert len(tiled.corners) == 2 and student.shape == whole.shape
     assert float((student - whole).abs().max()) < 1e-5 * float(whole.max())
 
-    maps = tiled.anomaly_map((student, student), torch.tensor([1.0, 0.0, 0.5]))
+    maps = tiled.anomaly_map((student,), torch.tensor([1.0, 0.5]))
     blind = 4 if border == "published" else 0
     assert tuple(maps.shape[1:]) == tiled.map_cells == (64, frame.shape[3] // 4)
     inside = maps[:, blind : 64 - blind, blind : maps.shape[2] - blind]
@@ -144,28 +139,29 @@ def test_student_map_is_that_of_the_whole_frame(border: Border, overlap: int) ->
 
 
 @torch.inference_mode()
-def test_the_autoencoder_sees_the_frame_as_a_whole() -> None:
-    """By hand: its map of the frame at 256 px, each cell of which is as wide as 1.5 of the frame."""
+def test_networks_judge_the_frame_as_a_whole_too() -> None:
+    """By hand: their maps of the frame at 256 px, each cell of which is as wide as 1.5 of the frame."""
     inner = random_efficientad("published")
     frame = scene(256, 384)
     tiled = Tiled(inner, tile=256, overlap=32, frame=frame.shape[:2]).eval()
-    student, whole = tiled(as_input(frame))
-    assert student.shape == whole.shape == (1, 56, 88)
-    small = inner(shrunk(frame, 256))[1]
-    padded = F.pad(small[:, None], (4, 4, 4, 4), mode="replicate")  # 56 cells to 64
-    expected = F.interpolate(padded, size=(64, 96), mode="bilinear")[:, 0, 4:-4, 4:-4]
-    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-6)
+    assert tiled.raw_names == ("student", "student_whole", "autoencoder") and tiled.local == 1
+    raw = tiled(as_input(frame))
+    small = inner(shrunk(frame, 256))
+    for whole, part in zip(raw[1:], small, strict=True):
+        padded = F.pad(part[:, None], (4, 4, 4, 4), mode="replicate")  # 56 cells to 64
+        expected = F.interpolate(padded, size=(64, 96), mode="bilinear")[:, 0, 4:-4, 4:-4]
+        torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-6)
+        assert whole.shape == raw[0].shape == (1, 56, 88)
     graph = tiled.merged(torch.float32)
-    for merged, plain in zip(graph(as_input(frame).float()), (student, whole), strict=True):
+    for merged, plain in zip(graph(as_input(frame).float()), raw, strict=True):
         torch.testing.assert_close(merged, plain, rtol=1e-4, atol=1e-4 * float(plain.max()))
 
 
 @torch.inference_mode()
-def test_networks_of_one_kind_see_tiles_and_the_whole_frame() -> None:
-    """What is larger than a tile fills some tiles as well as good parts would: the whole frame tells."""
+def test_maps_of_tiles_and_of_the_whole_are_added_up() -> None:
     inner = Toy(8)
     model = Tiled(inner, tile=64, overlap=16, frame=(128, 192)).eval()
-    assert model.raw_names == ("colour", "colour_whole") and model.learns_whole
+    assert model.raw_names == ("colour", "colour_whole")
     frame = scene(128, 192)
     tiles, whole = model(as_input(frame))
     assert tiles.shape == whole.shape == (1, 16, 24)
@@ -188,9 +184,10 @@ def test_training_shows_the_autoencoder_whole_frames(tmp_path: Path) -> None:
         def __call__(self, step: int) -> np.ndarray:
             return np.zeros((256, 256, 3), np.uint8)
 
-    index, batch = next(_batches(tiles, NoPenalty(), 0, 0))
+    shown = np.array([3, 7, 7, 13])
+    index, batch = next(_batches(tiles, shown, NoPenalty(), 0, 0))
     rng = np.random.default_rng([0, 0, 0])
-    assert index == rng.integers(12)
+    assert index == shown[rng.integers(4)]
     np.testing.assert_array_equal(batch[0], tiles[index])
     np.testing.assert_allclose(batch[2], jitter(tiles.whole(index), rng), atol=1e-4)
 
@@ -229,13 +226,11 @@ def test_merged_graph_is_the_plain_form_for_every_batch() -> None:
         torch.testing.assert_close(score, plain[:count].amax((1, 2)), rtol=1e-5, atol=1e-5)
 
 
-def seam(
-    inner: AnomalyModel, overlap: int, *, seed: int = 3, only_tiles: bool = False
-) -> tuple[float, float]:
+def seam(inner: AnomalyModel, overlap: int, *, seed: int = 3) -> tuple[float, float]:
     """Highest map values at a defect in the middle of an overlap of two tiles, and in that of a tile.
 
-    The two frames are parts of one scene, 128 - overlap / 2 px apart. So the view of the whole frame
-    moves with the defect, which is no seam: `only_tiles` leaves it out.
+    The two frames are parts of one scene, 128 - overlap / 2 px apart. Only tiles count: the view of the
+    whole frame moves with the defect, which is no seam.
     """
     width, shift = 512 - overlap, 128 - overlap // 2
     good = scene(256, width + shift, seed=seed)
@@ -244,16 +239,30 @@ def seam(
     bad[122:134, column - 6 : column + 6] = (200, 60, 60)
     model = Tiled(inner, tile=256, overlap=overlap, frame=(256, width)).eval()
     assert model.corners == [(0, 0), (0, 256 - overlap)]
-    scales = [MapScale.of(raw.numpy()) for raw in model(as_input(good[:, :width]))]
-    raw = model(as_input(bad[:, :width], bad[:, shift:]))
-    part = slice(model.local if only_tiles else None)
-    maps = model.anomaly_map(raw[part], torch.from_numpy(graph_constants(*scales[part])))
+    scales = [MapScale.of(raw.numpy()) for raw in model(as_input(good[:, :width]))[: model.local]]
+    raw = model(as_input(bad[:, :width], bad[:, shift:]))[: model.local]
+    maps = model.anomaly_map(raw, torch.from_numpy(graph_constants(*scales)))
     cell = 256 // inner.map_cells[0]
     windows = [
         maps[n, 104 // cell : 152 // cell, (middle - 24) // cell : (middle + 24) // cell]
         for n, middle in enumerate((column, column - shift))
     ]
     return float(windows[0].max()), float(windows[1].max())
+
+
+def scores_with_other_tiles(inner: AnomalyModel, overlaps: tuple[int, int]) -> list[float]:
+    """Scores of one frame: its defect lies in the overlap of two tiles, and in the middle of a third."""
+    width, scores = 512 - overlaps[0], []
+    good = scene(256, width, seed=3)
+    bad = good.copy()
+    bad[122:134, width // 2 - 6 : width // 2 + 6] = (200, 60, 60)
+    for overlap, tiles in zip(overlaps, (2, 3), strict=True):
+        model = Tiled(inner, tile=256, overlap=overlap, frame=(256, width)).eval()
+        assert len(model.corners) == tiles
+        scales = [MapScale.of(raw.numpy()) for raw in model(as_input(good))]
+        maps = model.anomaly_map(model(as_input(bad)), torch.from_numpy(graph_constants(*scales)))
+        scores.append(float(model.score(maps)))
+    return scores
 
 
 def fitted(method: str, files: dict[str, Path], folder: Path, **options: object) -> AnomalyModel:
@@ -267,14 +276,13 @@ def fitted(method: str, files: dict[str, Path], folder: Path, **options: object)
 
 
 def test_no_seam_in_efficientad(tmp_path: Path, natural_images: Path) -> None:
-    """1 % is what the product promises; the overlap is the smallest.
-
-    The student's map has no seam at all; the rest is the autoencoder's view of another frame.
-    """
+    """1 % is what the product promises; the overlap is the smallest."""
     inner = fitted("efficientad-s", {"penalty": natural_images}, tmp_path, steps=3)
     with torch.inference_mode():
         between, middle = seam(inner, 32)
-    assert between == pytest.approx(middle, rel=0.01) and middle > 0.2
+        scores = scores_with_other_tiles(inner, (32, 64))
+    assert between == pytest.approx(middle, rel=1e-3) and middle > 0.2
+    assert scores[0] == pytest.approx(scores[1], rel=0.01) and scores[1] > 0.2
 
 
 def test_no_seam_on_the_backbone_that_ships(tmp_path: Path) -> None:
@@ -284,10 +292,10 @@ def test_no_seam_on_the_backbone_that_ships(tmp_path: Path) -> None:
     """
     inner = fitted("protoad", {}, tmp_path, max_prototypes=32)
     with torch.inference_mode():
-        between, middle = seam(inner, 64, only_tiles=True)
-        whole = seam(inner, 64)
+        between, middle = seam(inner, 64)
+        scores = scores_with_other_tiles(inner, (64, 96))
     assert between == pytest.approx(middle, rel=1e-3) and middle > 0.1
-    assert whole[0] == pytest.approx(whole[1], rel=0.01)
+    assert scores[0] == pytest.approx(scores[1], rel=0.01) and scores[1] > 0.1
 
 
 def test_deep_backbones_need_half_a_tile(tmp_path: Path, shared: Path) -> None:
@@ -297,7 +305,7 @@ def test_deep_backbones_need_half_a_tile(tmp_path: Path, shared: Path) -> None:
     change = {}
     with torch.inference_mode():
         for overlap in (32, 128):
-            pairs = [seam(inner, overlap, seed=seed, only_tiles=True) for seed in (3, 4, 5)]
+            pairs = [seam(inner, overlap, seed=seed) for seed in (3, 4, 5)]
             change[overlap] = np.mean([abs(between / middle - 1) for between, middle in pairs])
     assert change[128] < 0.01 < change[32]
 
