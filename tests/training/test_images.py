@@ -162,7 +162,7 @@ for count, file in ((100, "few.bin"), (int(sys.argv[4]), "many.bin")):
     pool = store_images([paths[i % len(paths)] for i in range(count)], folder / file)
     for image in pool:  # all of them, as the pass for the teacher's statistics does
         pass
-    batches = _batches(pool, negatives, 0, 0)
+    batches = _batches(pool, np.arange(count), negatives, 0, 0)
     for _ in range(20):
         next(batches)
     batches.close()
