@@ -71,7 +71,8 @@ class FbftConfig:
     """Settings of a training run.
 
     Attributes:
-        steps: Batches of 4 images; None is 50 epochs, as published.
+        steps: Batches of 4 images; None is 50 epochs, as published; with tiles, as
+            many steps as without.
         minutes: Train for this long instead of for `steps`.
         learning_rate: None is `VIT_RATE`, as published, or `CONV_RATE`.
         image_px: Side of the square input, a multiple of 14 for a ViT and of 16 for the others; None is
@@ -337,7 +338,7 @@ class Trainer:
         count = len(session.images)
         learned = session.shares(np.arange(count))
         per_epoch = math.ceil(len(learned) / BATCH)
-        session.lasts(EPOCHS * per_epoch)
+        session.lasts_epochs(EPOCHS, per_epoch)
         default = VIT_RATE if isinstance(self.model.backbone, ViTBackbone) else CONV_RATE
         rate = config.learning_rate or default
         self.model.to(session.device, memory_format=torch.channels_last)

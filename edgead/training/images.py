@@ -117,6 +117,7 @@ class Tiles:
     ) -> None:
         self.pool, self.corners, self.size_px = pool, corners, size_px
         self.per_image = len(corners) + 1
+        self.shown_per_image = 2 * len(corners)  # see `shares`
 
     def __len__(self) -> int:
         return len(self.pool) * self.per_image

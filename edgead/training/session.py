@@ -90,6 +90,11 @@ class Session:
         """How many steps the run has where its config does not say."""
         self._steps = self._steps or steps
 
+    def lasts_epochs(self, epochs: int, per_epoch: int) -> None:
+        """As `lasts`, of epochs of so many steps each; with tiles, as many steps as without."""
+        shown = self.images.shown_per_image if isinstance(self.images, Tiles) else 1
+        self.lasts(math.ceil(epochs * per_epoch / shown))
+
     def autocast(self) -> AbstractContextManager[object]:
         """Convolutions in this device's quickest precision, parameters and losses in float32."""
         return autocast(self.device)

@@ -192,6 +192,23 @@ def test_training_shows_the_autoencoder_whole_frames(tmp_path: Path) -> None:
     np.testing.assert_allclose(batch[2], jitter(tiles.whole(index), rng), atol=1e-4)
 
 
+def test_with_tiles_a_run_has_as_many_steps_as_without(tmp_path: Path) -> None:
+    write_image(tmp_path / "0.png", scene(512, 768))
+    pool = store_images([tmp_path / "0.png"] * 10, tmp_path / "images.bin", (512, 768))
+    tiles = Tiles(pool, [(0, 0), (0, 512), (256, 0), (256, 512)], (256, 256))
+    counts = []
+    for images in (pool, tiles):
+        session = Session(
+            tmp_path, toy_method.Config(steps=0), images=images, device=torch.device("cpu"), settings={}
+        )
+        shown = session.shares(np.arange(len(images)))
+        session.lasts_epochs(50, len(shown) // 2)
+        while session.fraction_done() < 1:
+            session.record({"difference": 1.0})
+        counts.append(session.step)
+    assert counts == [250, 250]
+
+
 class Slow(Toy):
     """`Toy` that answers falsely near its edges, as networks with padding do."""
 
