@@ -40,7 +40,7 @@ from edgead.export.pack import export_run
 from edgead.files import write_text
 from edgead.image import list_images
 from edgead.methods import trainer_of
-from edgead.models.files import shipped_teacher
+from edgead.models.files import sha256, shipped_teacher
 from edgead.training import train as training
 from edgead.training.data import open_dataset
 from edgead.training.run import RUN_FILE
@@ -193,7 +193,7 @@ def _inputs(root: Path, job: Job) -> dict[str, str | None]:
     return {
         "data": _quietly(_data_hash, root / job.data),
         "penalty": _quietly(_names_hash, root / job.penalty) if job.penalty else None,
-        "weights": _quietly(_file_hash, _weights(root, job)),
+        "weights": _quietly(sha256, _weights(root, job)),
     }
 
 
@@ -222,11 +222,6 @@ def _data_hash(path: Path) -> str:
 @cache
 def _names_hash(folder: Path) -> str:
     return _hash(*(path.relative_to(folder).as_posix() for path in list_images(folder)))
-
-
-@cache
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _hash(*parts: str) -> str:

@@ -287,7 +287,9 @@ def _batches(
         rng = np.random.default_rng([seed, step, 0])
         index = int(shown[rng.integers(len(shown))])
         image = images[index]
-        whole = images.whole(index) if isinstance(images, Tiles) else image
+        whole = image
+        if isinstance(images, Tiles) and not images.is_whole(index):
+            whole = images.whole(index)
         trio = [image, penalty(step), jitter(whole, rng)]
         return index, np.stack(trio, dtype=np.float32)
 

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,7 @@ class Tiles:
         if not 0 <= index < len(self):
             raise IndexError(f"tile {index} of {len(self)}")
         image, place = divmod(index, self.per_image)
-        if place == len(self.corners):
+        if self.is_whole(index):
             return self.whole(index)
         return self.pool.part(image, *self.corners[place], self.size_px)
 
@@ -135,8 +136,11 @@ class Tiles:
 
     def shares(self, indices: np.ndarray) -> np.ndarray:
         """These indices, those of whole images as often as an image has tiles."""
-        is_whole = indices % self.per_image == len(self.corners)
-        return np.repeat(indices, np.where(is_whole, len(self.corners), 1))
+        return np.repeat(indices, np.where(self.is_whole(indices), len(self.corners), 1))
+
+    def is_whole(self, index: Any) -> Any:
+        """Whether an index, or each of an array, is that of a whole image."""
+        return index % self.per_image == len(self.corners)
 
     def whole(self, index: int) -> np.ndarray:
         """The image that a tile is of, resized to the size of a tile."""

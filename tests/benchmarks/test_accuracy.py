@@ -216,7 +216,7 @@ def test_a_job_is_told_by_all_that_its_figures_depend_on(
     shutil.copytree(root, copy)
 
     def name(**changes: Any) -> str:
-        for cached in (accuracy_job._data_hash, accuracy_job._names_hash, accuracy_job._file_hash):
+        for cached in (accuracy_job._data_hash, accuracy_job._names_hash):
             cached.cache_clear()
         job = accuracy_list.Job(**{**vars(jobs[0]), **changes})
         return accuracy_job.prepare(tmp_path / "out", job, copy).name
