@@ -21,8 +21,9 @@ install: $(READY)  ## make .venv with edgead, editable, and everything that the 
 demo: $(READY)  ## train, export and check a detector on a made-up part; writes demo/
 	$(PY) -m edgead demo --out demo
 
+# Two files at a time with one thread each: many tests wait, and threads that share a core wait for each other.
 test: lint typecheck  ## lint, check the types and run the whole test suite
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)  ## ruff
 	$(PY) -m ruff check .

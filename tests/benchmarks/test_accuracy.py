@@ -315,7 +315,7 @@ def test_ray_survives_a_killed_worker_with_the_same_figures(
             pid = json.loads((first / "starts.jsonl").read_text())["pid"]
             assert not (first / "run" / "run.json").exists(), "trained before it could be killed"
             os.kill(pid, signal.SIGKILL)
-            printed, _ = driver.communicate(timeout=170)
+            printed, _ = driver.communicate(timeout=600)
         finally:
             driver.terminate()
     assert driver.returncode == 0, printed
