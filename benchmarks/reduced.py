@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from edgead.benchmarks.cpu import FRAME_PX, random_bundle
 from edgead.benchmarks.results_file import table, write_results
@@ -27,7 +26,7 @@ from edgead.benchmarks.timing import Timing, interleave
 from edgead.bundle import Bundle
 from edgead.detector import Detector
 from edgead.engines.build import build_engine
-from edgead.export.graph import MergedGraph
+from edgead.export.graph import MergedGraph, flop_per_frame
 from edgead.flavour import open_flavour
 from edgead.manifest import RESIZE_ON_HOST
 from edgead.models.efficientad import IMAGE_PX, EfficientAD
@@ -94,11 +93,7 @@ def step_seconds(models: dict[int, EfficientAD], *, steps: int) -> dict[int, flo
 
 def gflop(model: EfficientAD) -> float:
     """Multiplications and additions of the merged graph for one image of 256 px, in 1e9."""
-    image = torch.zeros(1, IMAGE_PX, IMAGE_PX, 3, dtype=torch.uint8)
-    graph = MergedGraph(model)  # outside: the products of its folds are no part of it
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        graph(image, torch.zeros(3))
-    return float(counter.get_total_flops()) / 1e9
+    return flop_per_frame(MergedGraph(model)) / 1e9
 
 
 def engine_mib(bundle: Bundle) -> float | None:

@@ -206,9 +206,12 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def _reduction_text(reduction: dict[str, Any]) -> str:
-    text = f"{reduction['directions']} of {reduction['of']} directions (asked for: {reduction['asked']})"
+    text = (
+        f"{reduction['directions']} of {reduction['directions_of']} directions, conv-2 reads"
+        f" {reduction['inputs']} of {reduction['inputs_of']} channels (asked for: {reduction['asked']})"
+    )
     if "gate" not in reduction:
-        return f"{text}; {', '.join(reduction['refused'])} failed the gate"
+        return f"{text}; all {len(reduction['refused'])} smaller sizes failed the gate"
     gate = reduction["gate"]
     auroc = "" if gate["auroc"] is None else " image AUROC {:.4f} -> {:.4f},".format(*gate["auroc"])
     return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from edgead.models.base import AnomalyModel
 from edgead.models.maps import Resize
@@ -54,3 +55,12 @@ class MergedGraph(nn.Module):
             x = torch.round(self.resize(x))  # as the pixels of an image
         maps = self._anomaly_map(self.networks(x.permute(0, 3, 1, 2)), calibration)
         return self._score(maps), maps
+
+
+def flop_per_frame(graph: MergedGraph) -> int:
+    """Multiplications and additions for one frame."""
+    height, width = graph.frame or graph.input_px
+    image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        graph(image, torch.zeros(graph.calibration_values))
+    return int(counter.get_total_flops())

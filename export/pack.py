@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from edgead.bundle import write_bundle
 from edgead.errors import DataError, ExportError
-from edgead.export.graph import MergedGraph
+from edgead.export.graph import MergedGraph, flop_per_frame
+from edgead.export.narrow import whole_inputs
 from edgead.export.parity import Parity, compare
-from edgead.export.reduce import Reduced, Reduction, reduce_run, sizes_for
+from edgead.export.reduce import Size, reduce_run, sizes_for
 from edgead.export.to_onnx import to_onnx
 from edgead.health import HEALTH
 from edgead.manifest import (
@@ -30,6 +30,7 @@ from edgead.manifest import (
     OutputSpec,
     Threshold,
 )
+from edgead.models.base import AnomalyModel
 from edgead.models.efficientad import EfficientAD
 from edgead.models.tiled import Tiled
 from edgead.training.data import open_dataset
@@ -63,8 +64,8 @@ def export_run(
         precision: "fp32" or "fp16", of the weights and convolutions in the graph.
         frame: (height, width) in pixels of the camera's frames, to put the resize into the graph.
         name: Name of the recipe; default: that of the data set.
-        reduce: "off"; "auto" for the fewest directions in the difference convolutions that pass their
-            gate, all of them if none do; or their number (see `edgead.export.reduce`).
+        reduce: "off"; "auto" for the fewest operations that pass their gate, all of them if none do; or
+            a number of directions in the difference convolutions (see `edgead.export.reduce`).
         progress: Called with (images compared, images in all).
 
     Returns:
@@ -84,9 +85,8 @@ def export_run(
         )
     root = Path(record["data"]["root"])
     images = _images(record, root)
-    finished, reduction, outcome = _reduced(finished, images, reduce, progress)
+    finished, model, outcome = _reduced(finished, images, reduce, progress)
     record = finished.record
-    model = Reduced(finished.model, reduction.rotations) if reduction else finished.model
     graph = MergedGraph(model, dtype=DTYPES[precision], frame=frame)
     content = to_onnx(graph)
     parity, golden = compare(
@@ -121,33 +121,37 @@ def _images(record: dict[str, Any], root: Path) -> list[Path]:
 
 def _reduced(
     run: Run, images: list[Path], reduce: str, progress: Callable[[int, int], None] | None
-) -> tuple[Run, Reduction | None, dict[str, Any]]:
-    """The run, calibrated anew if reduced, the reduction, and what the manifest says of it."""
+) -> tuple[Run, AnomalyModel, dict[str, Any]]:
+    """The run, calibrated anew if reduced, its networks, and what the manifest says of the reduction."""
     if reduce == "off":
-        return run, None, {}
+        return run, run.model, {}
     if not isinstance(run.model, EfficientAD):
         tiled = " with --tile" if isinstance(run.model, Tiled) else ""
         raise ExportError(
             f"--reduce {reduce}: this is a run of {run.record['method']}{tiled}; only EfficientAD on"
-            " whole images has directions to reduce. Leave the option out"
+            " whole images can be reduced. Leave the option out"
         )
-    channels = run.model.targets
-    sizes = sizes_for(reduce, channels)
-    labels = _labels(run.record)
-    found = reduce_run(run, images, labels, sizes=sizes, progress=progress)
-    about = {"asked": reduce, "of": channels}
-    if isinstance(found, Reduction):
-        record = run.record | {"calibration": found.calibration, "threshold": found.threshold}
-        gate, refused = found.gate.to_dict(), found.refused
-        outcome = {"directions": found.gate.directions, **about, "gate": gate, "refused": refused}
-        return replace(run, record=record), found, outcome
-    if reduce != "auto":
+    whole = Size(run.model.targets, whole_inputs(run.model))
+    sizes = sizes_for(reduce, run.model)
+    found, refused = reduce_run(run, images, _labels(run.record), sizes=sizes, progress=progress)
+    if found is None and reduce != "auto":
         raise ExportError(
-            f"--reduce {reduce} fails its gate on this run: {'; '.join(found[reduce][:5])}."
+            f"--reduce {reduce} fails its gate on this run: {'; '.join(refused[sizes[0]][:5])}."
             " Take more directions, auto, or off"
         )
-    log.warning("no reduction passes its gate on this run: exported with all %d directions", channels)
-    return run, None, {"directions": channels, **about, "refused": found}
+    left = Size(found.gate.directions, found.gate.inputs) if found else whole
+    outcome = {
+        "asked": reduce,
+        **{name: getattr(left, name) for name in Size._fields},
+        **{f"{name}_of": getattr(whole, name) for name in Size._fields},
+        **({"gate": found.gate.to_dict()} if found else {}),
+        "refused": {str(size): why for size, why in refused.items()},
+    }
+    if found is None:
+        log.warning("no reduction passes its gate on this run: exported whole")
+        return run, run.model, outcome
+    record = run.record | {"calibration": found.calibration, "threshold": found.threshold}
+    return replace(run, record=record), found.model, outcome
 
 
 def _labels(record: dict[str, Any]) -> dict[Path, int]:
@@ -195,13 +199,8 @@ def _manifest(
 
 def _cost(graph: MergedGraph) -> dict[str, Any]:
     """Parameters and operations of what ships."""
-    height, width = graph.frame or graph.input_px
-    image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        graph(image, torch.zeros(graph.calibration_values))
     parameters = sum(parameter.numel() for parameter in graph.parameters())
-    gflop = round(counter.get_total_flops() / 1e9, 1)
-    return {"parameters": parameters, "gflop_per_image": gflop}
+    return {"parameters": parameters, "gflop_per_image": round(flop_per_frame(graph) / 1e9, 1)}
 
 
 def _provenance(record: dict[str, Any]) -> dict[str, Any]:

@@ -49,8 +49,12 @@ def side_by_side(a: nn.Conv2d, b: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return torch.cat([a.weight, b.weight]).double(), torch.cat([bias_of(a), bias_of(b)])
 
 
-def grouped(a: nn.Conv2d, b: nn.Conv2d) -> nn.Conv2d:
-    """Two equal convolutions as the two groups of one."""
+def grouped(a: nn.Module, b: nn.Module) -> nn.Module:
+    """Two equal convolutions, or two equal rows of them, as the two groups of one."""
+    if isinstance(a, nn.Sequential):
+        assert isinstance(b, nn.Sequential)
+        return nn.Sequential(*map(grouped, a, b))
+    assert isinstance(a, nn.Conv2d) and isinstance(b, nn.Conv2d)
     conv = nn.Conv2d(
         2 * a.in_channels, 2 * a.out_channels, a.kernel_size, a.stride, a.padding, groups=2 * a.groups
     )

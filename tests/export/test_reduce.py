@@ -13,11 +13,12 @@ import torch
 from edgead.bundle import Bundle
 from edgead.cli import main
 from edgead.errors import ExportError
-from edgead.export import reduce
+from edgead.export import reduce, reduce_gate
 from edgead.export.graph import MergedGraph
 from edgead.export.pack import export_run
 from edgead.export.parity import Flip
-from edgead.export.reduce import Gate, Reduced, folding, sizes_for
+from edgead.export.reduce import Reduced, folding, sizes_for
+from edgead.export.reduce_gate import Gate
 from edgead.models.efficientad import EfficientAD, anomaly_map
 from edgead.models.pdn import PDN
 from edgead.training.efficientad import build_model
@@ -115,10 +116,12 @@ def reduced_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("reduced") / "tray.edgead"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reduce, "PICTURES", 2)
+        patch.setattr(reduce, "TRAINING_IMAGES", 2)
         patch.setattr(reduce, "SIZES", (16, 32))
-        patch.setattr(reduce, "DEVIATION", 1e9)
-        patch.setattr(reduce, "MARGIN", 1e9)
-        patch.setattr(reduce, "AUROC_LOSS", 1.0)
+        patch.setattr(reduce, "SHARES", (0.5,))
+        patch.setattr(reduce_gate, "DEVIATION", 1e9)
+        patch.setattr(reduce_gate, "MARGIN", 1e9)
+        patch.setattr(reduce_gate, "AUROC_LOSS", 1.0)
         export_run(trained_run, path, reduce="auto")
     return path
 
@@ -130,23 +133,28 @@ def test_reduced_bundle_says_so_and_proves_its_graph(
     manifest = bundle.manifest
     assert manifest.parity["score_deviation"] < 1e-4 and manifest.parity["flips"] == []
     reduction = manifest.model["reduction"]
-    assert (reduction["directions"], reduction["of"], reduction["asked"]) == (16, 384, "auto")
+    assert (reduction["directions"], reduction["directions_of"], reduction["asked"]) == (16, 384, "auto")
+    assert (reduction["inputs"], reduction["inputs_of"]) == (64, 128) and reduction["refused"] == {}
     assert reduction["gate"]["images"] == 10 and len(reduction["gate"]["auroc"]) == 2
-    # 2 * 56^2 * (512 * 16 + 256 * 16 + 64 * 9) * 368 multiplications and additions fewer
-    assert manifest.model["gflop_per_image"] == pytest.approx(75.9 - 29.7, abs=0.2)
+    # 2 * 56^2 * (512 * 16 + 256 * 16 + 64 * 9) * 368 multiplications and additions fewer, and
+    # 2 * 2 * (123^2 * 16 * 64 * 256 - 126^2 * 128 * 64)
+    assert manifest.model["gflop_per_image"] == pytest.approx(75.9 - 29.7 - 15.3, abs=0.2)
     assert len(bundle.model_bytes()) < 0.6 * len(whole.model_bytes())
     # calibrated with its own maps, on the same validation images
     assert manifest.calibration.values != whole.manifest.calibration.values
     assert manifest.threshold.good_images == whole.manifest.threshold.good_images
     assert main(["inspect", str(reduced_bundle)]) == 0
     shown = capsys.readouterr().out
-    assert "reduction" in shown and "16 of 384 directions (asked for: auto); 10 images" in shown
+    assert "reduction" in shown and (
+        "16 of 384 directions, conv-2 reads 64 of 128 channels (asked for: auto); 10 images" in shown
+    )
 
 
 def test_all_directions_change_no_verdict_number(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reduce, "PICTURES", 2)
+    monkeypatch.setattr(reduce, "TRAINING_IMAGES", 2)
     path = tmp_path / "x.edgead"
     export_run(trained_run, path, reduce="384")
     manifest, record = Bundle.open(path).manifest, json.loads((trained_run / "run.json").read_text())
@@ -163,8 +171,10 @@ def test_a_gate_that_fails(
 ) -> None:
     """Asked for by number it is an error; auto exports all directions and says what it tried."""
     monkeypatch.setattr(reduce, "PICTURES", 2)
-    monkeypatch.setattr(reduce, "DEVIATION", 1e-9)
+    monkeypatch.setattr(reduce, "TRAINING_IMAGES", 2)
+    monkeypatch.setattr(reduce_gate, "DEVIATION", 1e-9)
     monkeypatch.setattr(reduce, "SIZES", (16, 32))
+    monkeypatch.setattr(reduce, "SHARES", (0.5,))
     path = tmp_path / "x.edgead"
     with pytest.raises(ExportError, match="--reduce 32 fails its gate on this run: a score moves by"):
         export_run(trained_run, path, reduce="32")
@@ -173,13 +183,15 @@ def test_a_gate_that_fails(
     bundle, whole = Bundle.open(path), Bundle.open(trained_bundle)
     assert bundle.model_bytes() == whole.model_bytes()
     assert bundle.manifest.calibration == whole.manifest.calibration
-    assert bundle.manifest.model["reduction"]["directions"] == 384
-    assert set(bundle.manifest.model["reduction"]["refused"]) == {"16", "32"}
+    reduction = bundle.manifest.model["reduction"]
+    assert (reduction["directions"], reduction["inputs"]) == (384, 128) and "gate" not in reduction
+    halves, wholes = ([f"{k} directions, {n} inputs of conv-2" for k in (16, 32)] for n in (64, 128))
+    assert set(reduction["refused"]) == {*halves, *wholes, "384 directions, 64 inputs of conv-2"}
 
 
 def test_what_breaks_the_gate() -> None:
     near, far = Flip("near.png", 0.009, -0.002), Flip("far.png", -0.3, 0.001)
-    gate = Gate(64, 9, 1.0, 0.04, 0.01, (0.99, 0.9885), {}, {}, (near,))
+    gate = Gate(64, 128, 9, 1.0, 0.04, 0.01, (0.99, 0.9885), {}, {}, (near,))
     assert gate.failures == []
     assert ["far.png" in failure for failure in replace(gate, flips=(near, far)).failures] == [True]
     assert len(replace(gate, score_deviation=float("nan")).failures) == 1
@@ -188,9 +200,10 @@ def test_what_breaks_the_gate() -> None:
 
 
 def test_what_may_be_asked_for() -> None:
-    assert sizes_for("off", 384) == () and sizes_for("64", 384) == (64,)
-    assert sizes_for("auto", 384) == (16, 32, 48, 64, 96, 128, 192, 256)
-    assert sizes_for("auto", 64) == (16, 32, 48)
-    for wrong in ("1", "385", "few", "-4", ""):
-        with pytest.raises(ExportError, match=r"expected auto, off, or a number .* from 2 to 384"):
-            sizes_for(wrong, 384)
+    model = random_model("s", 64)
+    assert sizes_for("off", model) == () and sizes_for("33", model) == ((33, 128),)
+    tried = [(k, n) for n in (64, 96, 128) for k in (16, 32, 48, 64)]
+    assert list(sizes_for("auto", model)) == tried[:-1]  # the last is the whole run
+    for wrong in ("1", "65", "few", "-4", ""):
+        with pytest.raises(ExportError, match=r"expected auto, off, or a number .* from 2 to 64"):
+            sizes_for(wrong, model)
