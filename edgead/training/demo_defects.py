@@ -121,7 +121,7 @@ def _chip(
 ) -> Change | None:
     """A piece broken off an edge, with a rough face of fracture."""
     at, outward = _edge(surface.alpha, rng)
-    radius, shape = 48 * size**0.95, surface.alpha.shape
+    radius, shape = max(48 * size**0.95, SMALLEST_PX / 2), surface.alpha.shape
     corners = np.sort(rng.uniform(0, 2 * np.pi, 9))
     rough = (
         radius * rng.uniform(0.72, 1.12, (9, 1)) * np.column_stack([np.cos(corners), np.sin(corners)])
@@ -141,7 +141,7 @@ def _burr(
 ) -> Change | None:
     """A sliver of material that stands out from an edge, bent, with a light and a dark side."""
     at, outward = _edge(surface.alpha, rng)
-    length, base = 4.0 + 80 * size**0.75, rng.uniform(3.2, 4.4) + 26 * size
+    length, base = max(4.0 + 80 * size**0.75, SMALLEST_PX), rng.uniform(3.2, 4.4) + 26 * size
     t, bend = np.linspace(0, 1, 12)[:, None], rng.uniform(-0.7, 0.7)
     across = np.array([-outward[1], outward[0]])
     spine = at - 1.5 * outward + length * (t * outward + bend * t**2 * across)

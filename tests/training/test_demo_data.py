@@ -158,6 +158,12 @@ def test_defects_range_from_about_six_pixels_to_a_whole_part() -> None:
 
 
 @pytest.mark.parametrize("kind", STRUCTURAL)
+def test_the_smallest_of_many_defects_is_still_drawn(kind: str) -> None:
+    """The 251st picture of a kind has the size 0, the least there is."""
+    assert example(kind, 250)[1].sum() >= 10
+
+
+@pytest.mark.parametrize("kind", STRUCTURAL)
 def test_faintest_defects_stand_out_of_the_noise(kind: str) -> None:
     """Softened as an eye does it, a defect changes its pixels by more than the noise that is left."""
     defective, mask, scene = example(kind, FAINTEST)
