@@ -111,8 +111,8 @@ def _add_bundle_commands(command: _Command) -> None:
         "--reduce",
         default="off",
         metavar="auto|K|off",
-        help="cut the last convolutions to K directions; auto: as few as the verdicts on this run's"
-        " images allow (default: off)",
+        help="fewer operations at equal verdicts: K directions in the last convolutions; auto: there and"
+        " in conv-2 as few as the verdicts on the run's images allow, takes minutes (default: off)",
     )
 
     sub = command("inspect", commands.inspect, "Show what a bundle holds, after checking all of it.")
