@@ -10,7 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgead import __version__, cli_training, commands, device_commands, line_commands
+from edgead import (
+    __version__,
+    bundle_commands,
+    cli_training,
+    commands,
+    device_commands,
+    line_commands,
+)
 from edgead.errors import EdgeADError
 
 SIZE_BINS = ("cumulative", "disjoint")
@@ -115,11 +122,13 @@ def _add_bundle_commands(command: _Command) -> None:
         " in conv-2 as few as the verdicts on the run's images allow, takes minutes (default: off)",
     )
 
-    sub = command("inspect", commands.inspect, "Show what a bundle holds, after checking all of it.")
+    sub = command(
+        "inspect", bundle_commands.inspect, "Show what a bundle holds, after checking all of it."
+    )
     _add_bundle(sub, backend=False)
     sub.add_argument("--json", action="store_true", help="print the manifest")
 
-    sub = command("verify", commands.verify, "Replay a bundle's golden samples on this device.")
+    sub = command("verify", bundle_commands.verify, "Replay a bundle's golden samples on this device.")
     _add_bundle(sub)
 
     sub = command(
@@ -138,7 +147,7 @@ def _add_bundle_commands(command: _Command) -> None:
         "--false-reject", type=float, help="target share of good parts rejected (default: as before)"
     )
 
-    sub = command("set-threshold", commands.set_threshold, "Change the threshold in a bundle.")
+    sub = command("set-threshold", bundle_commands.set_threshold, "Change the threshold in a bundle.")
     _add_bundle(sub, backend=False)
     sub.add_argument("value", type=float, metavar="VALUE", help="scores at or above it are NG")
 

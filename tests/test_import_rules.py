@@ -111,6 +111,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
 COMMAND_LINE = (
     "cli",
     "cli_training",
+    "bundle_commands",
     "commands",
     "device_commands",
     "line_commands",

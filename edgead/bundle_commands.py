@@ -1,0 +1,127 @@
+"""What the commands of `edgead` do with one bundle: show it, prove it, change its threshold.
+
+Each imports what it needs when it runs: `--help` works with core only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from edgead.bundle import Bundle
+
+    bundle = Bundle.open(arguments.bundle)
+    manifest = bundle.manifest
+    if arguments.json:
+        print(manifest.to_json(), end="")
+        return
+    limit, parity = manifest.threshold, manifest.parity
+    rows = {
+        "bundle": (
+            f"{arguments.bundle} ({arguments.bundle.stat().st_size / 2**20:.1f} MiB),"
+            f" format {manifest.format[0]}.{manifest.format[1]}"
+        ),
+        "recipe": f"{manifest.name}, {manifest.method}, {manifest.precision}",
+        "input": (
+            f"uint8 [N, {manifest.input.height}, {manifest.input.width}, 3] {manifest.input.color};"
+            f" resize: {manifest.input.resize}"
+        ),
+        "threshold": f"{limit.value:.6g} ({limit.basis})",
+        "calibration": ", ".join(
+            f"{n} {v:.5g}"
+            for n, v in zip(manifest.calibration.names, manifest.calibration.values, strict=True)
+        ),
+        "graph": _graph_text(bundle.model_bytes()),
+        "golden": (
+            f"{len(bundle.golden().scores)} samples,"
+            f" scores {', '.join(f'{s:.4g}' for s in bundle.golden().scores)}"
+        ),
+    }
+    if limit.upper_bound is not None:
+        rows["false rejects"] = (
+            f"at most {limit.upper_bound:.1%} ({limit.confidence:.0%} confidence,"
+            f" {limit.good_images} good images); target {limit.target_false_reject_rate:.2%}"
+        )
+    if parity:
+        rows["parity"] = (
+            f"{parity['images']} images, score deviation {parity['score_deviation']:.1e} of the spread,"
+            f" {len(parity['flips'])} flips"
+        )
+    if reduction := manifest.model.get("reduction"):
+        rows["reduction"] = _reduction_text(reduction)
+    rows |= {
+        f"{part}.{key}": json.dumps(value)
+        for part in ("model", "provenance")
+        for key, value in getattr(manifest, part).items()
+    }
+    for member, entry in manifest.members.items():
+        rows[f"member {member}"] = f"{entry.bytes} bytes, sha256 {entry.sha256[:16]}… checked"
+    width = max(map(len, rows))
+    for key, text in rows.items():
+        print(f"{key:<{width}}  {text}")
+
+
+def _reduction_text(reduction: dict[str, Any]) -> str:
+    text = (
+        f"{reduction['directions']} of {reduction['directions_of']} directions, conv-2 reads"
+        f" {reduction['inputs']} of {reduction['inputs_of']} channels (asked for: {reduction['asked']})"
+    )
+    if "gate" not in reduction:
+        return f"{text}; all {len(reduction['refused'])} smaller sizes failed the gate"
+    gate = reduction["gate"]
+    auroc = "" if gate["auroc"] is None else " image AUROC {:.4f} -> {:.4f},".format(*gate["auroc"])
+    return (
+        f"{text}; {gate['images']} images,{auroc} score deviation {gate['score_deviation']:.1e} of the"
+        f" spread, {len(gate['flips'])} flips within the margin"
+    )
+
+
+def _graph_text(content: bytes) -> str:
+    try:
+        from edgead.export.to_onnx import describe
+    except ModuleNotFoundError:
+        return f'{len(content) / 2**20:.1f} MiB of ONNX; for its nodes: pip install "edgead[export]"'
+    graph = describe(content)
+    nodes: Any = graph["nodes"]
+    return f"opset {graph['opset']}, {sum(nodes.values())} nodes: " + ", ".join(
+        f"{count} {name}" for name, count in nodes.items()
+    )
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from edgead.bundle import Bundle
+    from edgead.runtime import open_backend, replay
+
+    bundle = Bundle.open(arguments.bundle)
+    backend = open_backend(bundle, arguments.backend, threads=arguments.threads)
+    result = replay(backend, bundle)
+    backend.close()
+    print(
+        f"{backend.name} ({backend.precision}): {result.images} golden samples, largest deviation"
+        f" of a score {result.score_deviation:.3g}"
+        f" ({result.relative_score_deviation:.1e} of their spread), of a map"
+        f" {result.map_deviation:.3g}, allowed {result.tolerance:.3g};"
+        f" nearest score to the threshold {result.margin:.3g} away"
+    )
+    for flip in result.flips:
+        print(
+            f"sample {flip.index}: expected {'NG' if flip.expected else 'OK'},"
+            f" got {'NG' if flip.got else 'OK'}"
+        )
+    print(
+        "same verdicts as the reference"
+        if result.ok
+        else "FAILED: this device does not reproduce the reference"
+    )
+    return 0 if result.ok else 1
+
+
+def set_threshold(arguments: argparse.Namespace) -> None:
+    from edgead.bundle import Bundle, set_threshold
+
+    before = Bundle.open(arguments.bundle).manifest.threshold.value
+    set_threshold(arguments.bundle, arguments.value)
+    print(f"{arguments.bundle}: threshold {before:.6g} -> {arguments.value:.6g}")
