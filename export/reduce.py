@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 SIZES = (16, 32, 48, 64, 96, 128, 192, 256)
 """Directions that `--reduce auto` tries; and all of them."""
-SHARES = (0.5, 0.75)
+SHARES = (0.75, 0.5, 0.375, 0.25)
 """Shares of the channels that conv-2 reads, which it tries with each of them; and all channels."""
 TRAINING_IMAGES = 32
 PICTURES = 24
@@ -143,6 +143,8 @@ def reduce_run(
 ) -> tuple[Reduction | None, dict[Size, list[str]]]:
     """The reduction of the fewest operations among those that pass the gate.
 
+    Where nothing passes with so many inputs of the second convolutions, fewer are not tried.
+
     Args:
         images: Validation images, then test images. Of more than 500 test images, 500 are taken.
         labels: 0 or 1 (defective) of the test images, as far as known.
@@ -174,7 +176,8 @@ def reduce_run(
             maps.add(index, _differences(networks, path), whole=n == whole)
             if progress:
                 progress(turn * len(chosen) + index + 1, len(widths) * len(chosen))
-        for size in (size for size in sizes if size.inputs == n):
+        here = [size for size in sizes if size.inputs == n]
+        for size in here:
             k = size.directions
             raw, false_reject = maps.raw[k], run.record["config"]["false_reject"]
             calibrated = calibration_of(model, (raw[0][:good], raw[1][:good]), false_reject)
@@ -187,6 +190,8 @@ def reduce_run(
                 reduced = Reduced(networks, rotations[k])
                 found = Reduction(reduced, *calibrated, gate)
                 passed.append((flop_per_frame(MergedGraph(reduced)), found))
+        if n < whole and refused.keys() >= set(here):
+            break
     return min(passed, key=lambda pair: pair[0])[1] if passed else None, refused
 
 
@@ -252,7 +257,7 @@ def sizes_for(reduce: str, model: EfficientAD) -> tuple[Size, ...]:
         return ()
     if reduce == "auto":
         directions = [*(k for k in SIZES if k < channels), channels]
-        inputs = [*(int(share * whole) for share in SHARES), whole]
+        inputs = [whole, *(int(share * whole) for share in SHARES)]
         return tuple(Size(k, n) for n in inputs for k in directions if (k, n) != (channels, whole))
     if reduce.isdecimal() and 2 <= int(reduce) <= channels:
         return (Size(int(reduce), whole),)

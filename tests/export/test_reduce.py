@@ -174,7 +174,7 @@ def test_a_gate_that_fails(
     monkeypatch.setattr(reduce, "TRAINING_IMAGES", 2)
     monkeypatch.setattr(reduce_gate, "DEVIATION", 1e-9)
     monkeypatch.setattr(reduce, "SIZES", (16, 32))
-    monkeypatch.setattr(reduce, "SHARES", (0.5,))
+    monkeypatch.setattr(reduce, "SHARES", (0.5, 0.25))  # nothing passes with a half: no quarter
     path = tmp_path / "x.edgead"
     with pytest.raises(ExportError, match="--reduce 32 fails its gate on this run: a score moves by"):
         export_run(trained_run, path, reduce="32")
@@ -202,8 +202,9 @@ def test_what_breaks_the_gate() -> None:
 def test_what_may_be_asked_for() -> None:
     model = random_model("s", 64)
     assert sizes_for("off", model) == () and sizes_for("33", model) == ((33, 128),)
-    tried = [(k, n) for n in (64, 96, 128) for k in (16, 32, 48, 64)]
-    assert list(sizes_for("auto", model)) == tried[:-1]  # the last is the whole run
+    tried = [(k, n) for n in (128, 96, 64, 48, 32) for k in (16, 32, 48, 64)]
+    tried.remove((64, 128))  # the whole run
+    assert list(sizes_for("auto", model)) == tried
     for wrong in ("1", "65", "few", "-4", ""):
         with pytest.raises(ExportError, match=r"expected auto, off, or a number .* from 2 to 64"):
             sizes_for(wrong, model)
