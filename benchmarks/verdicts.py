@@ -10,6 +10,7 @@ first bundle's scores, as in the gate of `edgead export --reduce`.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,25 @@ import numpy as np
 
 from edgead.benchmarks.results_file import write_results
 from edgead.detector import load
+from edgead.errors import DataError, EdgeADError
 from edgead.image import read_image
 from edgead.metrics import image_auroc
+from edgead.result import Result
 from edgead.training.data import open_dataset
 
 
-def distances(bundle: Path, images: Sequence[Path], *, backend: str) -> np.ndarray:
-    """Score minus threshold of each image, float64 [N]."""
-    with load(bundle, backend=backend) as detector:
-        results = [detector(read_image(path)) for path in images]
+def distances(
+    whole: Path, reduced: Path, images: Sequence[Path], *, backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score minus threshold of each image with either bundle, float64 [N]."""
+    with load(whole, backend=backend) as first, load(reduced, backend=backend) as second:
+        frames = map(read_image, images)
+        results = [(first(frame), second(frame)) for frame in frames]
+    before, after = zip(*results, strict=True)
+    return _distances(before), _distances(after)
+
+
+def _distances(results: Sequence[Result]) -> np.ndarray:
     return np.array([result.score - result.threshold for result in results])
 
 
@@ -37,7 +48,7 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict[s
         before, after: Score minus threshold of each image, float [N].
         labels: 0 or 1 (defective), [N].
     """
-    spread = float(np.ptp(before))
+    spread = float(np.ptp(before)) or 1.0
     change, flipped = np.abs(after - before) / spread, (before >= 0) != (after >= 0)
     distance = np.abs(before[flipped]) / spread
     return {
@@ -55,7 +66,18 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict[s
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 when a bundle or the data set cannot be read."""
+    arguments = _parse(argv)
+    try:
+        _run(arguments)
+    except EdgeADError as error:
+        print(f"edgead.benchmarks.verdicts: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,14 +86,17 @@ def main() -> None:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     test = open_dataset(arguments.data).test
-    images, labels = [item.path for item in test], np.array([item.label for item in test])
-    before, after = (
-        distances(bundle, images, backend=arguments.backend)
-        for bundle in (arguments.whole, arguments.reduced)
-    )
-    results = compare(before, after, labels)
+    labels = np.array([item.label for item in test])
+    if len(set(labels.tolist())) < 2:
+        raise DataError(f"{arguments.data}: the comparison needs good and defective test images")
+    images = [item.path for item in test]
+    both = distances(arguments.whole, arguments.reduced, images, backend=arguments.backend)
+    results = compare(*both, labels)
     for name, value in results.items():
         print(f"{name}: {value}")
     if arguments.out:
@@ -79,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

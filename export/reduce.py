@@ -143,12 +143,13 @@ def reduce_run(
 ) -> tuple[Reduction | None, dict[Size, list[str]]]:
     """The reduction of the fewest operations among those that pass the gate.
 
-    Where nothing passes with so many inputs of the second convolutions, fewer are not tried.
+    Where some directions pass, more are not tried with as many inputs of the second convolutions; where
+    none do, no fewer inputs.
 
     Args:
         images: Validation images, then test images. Of more than 500 test images, 500 are taken.
         labels: 0 or 1 (defective) of the test images, as far as known.
-        sizes: What to try.
+        sizes: What to try, directions rising.
         progress: Called with (images compared, images in all).
 
     Returns:
@@ -168,7 +169,7 @@ def reduce_run(
     maps = Maps(len(chosen), model.cells, rotations, directions)
     whole = whole_inputs(model)
     widths = [whole, *sorted({n for _, n in sizes} - {whole}, reverse=True)]
-    passed: list[tuple[int, Reduction]] = []
+    passed: list[Reduction] = []
     refused: dict[Size, list[str]] = {}
     for turn, n in enumerate(widths):
         networks = model if n == whole else narrowed(model, inputs, n)
@@ -176,23 +177,22 @@ def reduce_run(
             maps.add(index, _differences(networks, path), whole=n == whole)
             if progress:
                 progress(turn * len(chosen) + index + 1, len(widths) * len(chosen))
-        here = [size for size in sizes if size.inputs == n]
-        for size in here:
-            k = size.directions
-            raw, false_reject = maps.raw[k], run.record["config"]["false_reject"]
+        for size in (size for size in sizes if size.inputs == n):
+            raw, false_reject = maps.raw[size.directions], run.record["config"]["false_reject"]
             calibrated = calibration_of(model, (raw[0][:good], raw[1][:good]), false_reject)
             gate = compare(run, maps, *size, names, known, *calibrated)
-            if gate.failures:
-                more = len(gate.failures) - 5
-                refused[size] = [*gate.failures[:5], *([f"and {more} more"] if more > 0 else [])]
-                log.info("%s refused: %s", size, "; ".join(gate.failures))
-            else:
-                reduced = Reduced(networks, rotations[k])
-                found = Reduction(reduced, *calibrated, gate)
-                passed.append((flop_per_frame(MergedGraph(reduced)), found))
-        if n < whole and refused.keys() >= set(here):
-            break
-    return min(passed, key=lambda pair: pair[0])[1] if passed else None, refused
+            if not gate.failures:
+                reduced = Reduced(networks, rotations[size.directions])
+                passed.append(Reduction(reduced, *calibrated, gate))
+                break
+            more = len(gate.failures) - 5
+            refused[size] = [*gate.failures[:5], *([f"and {more} more"] if more > 0 else [])]
+            log.info("%s refused: %s", size, "; ".join(gate.failures))
+        else:
+            if n < whole:
+                break
+    best = min(passed, key=lambda found: flop_per_frame(MergedGraph(found.model)), default=None)
+    return best, refused
 
 
 Moments = list[tuple[Tensor, Tensor]]

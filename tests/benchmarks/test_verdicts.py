@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgead.benchmarks.verdicts import compare, distances
+from edgead.benchmarks.verdicts import compare, distances, main
 from edgead.image import list_images
 
 
@@ -26,5 +26,17 @@ def test_what_is_counted() -> None:
 
 def test_a_bundle_agrees_with_itself(tiny_bundle: Path, demo_images: Path) -> None:
     images = list_images(demo_images / "test" / "good")
-    first, second = (distances(tiny_bundle, images, backend="onnxruntime") for _ in range(2))
+    first, second = distances(tiny_bundle, tiny_bundle, images, backend="onnxruntime")
     assert len(first) == len(images) and np.array_equal(first, second)
+
+
+def test_a_wrong_file_is_one_line(
+    tiny_bundle: Path, demo_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, empty = tmp_path / "x.edgead", tmp_path / "empty"
+    wrong.write_bytes(tiny_bundle.read_bytes()[:1000])
+    empty.mkdir()
+    for bundle, data in ((wrong, demo_images), (tiny_bundle, empty)):
+        assert main([str(tiny_bundle), str(bundle), str(data)]) == 1
+        message = capsys.readouterr().err
+        assert message.startswith("edgead.benchmarks.verdicts: error: ") and message.count("\n") == 1
