@@ -72,7 +72,7 @@ def read_list(path: Path) -> list[Job]:
     Raises:
         DataError: the file cannot be read or says something unknown.
     """
-    content = _parse(path)
+    content = read_toml(path)
     defaults, data = content.pop("defaults", {}), content.pop("data", [])
     if content or not isinstance(defaults, dict) or not isinstance(data, list) or not data:
         raise DataError(
@@ -86,7 +86,7 @@ def read_list(path: Path) -> list[Job]:
     return jobs
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:

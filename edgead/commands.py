@@ -24,13 +24,13 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 @contextmanager
 def progress_bar(title: str, total: float | None = None, **options: Any) -> Iterator[Any]:
-    """A progress bar on standard error; none where tqdm is not installed."""
+    """A progress bar on standard error, once something has taken its time; none without tqdm."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
         yield None
         return
-    with tqdm(total=total, desc=title, dynamic_ncols=True, leave=True, **options) as bar:
+    with tqdm(total=total, desc=title, dynamic_ncols=True, leave=True, delay=0.3, **options) as bar:
         yield bar
 
 

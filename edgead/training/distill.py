@@ -246,7 +246,7 @@ class _Session:
 
     def step(self, step: int, fraction: float, images: Tensor) -> Tensor:
         """One training step at this fraction of the run; its mean squared error, a scalar."""
-        warmup = min(1.0, (step + 1) / 100)
+        warmup = min(1.0, max((step + 1) / 100, 10 * fraction))  # 100 steps, or a tenth of a short run
         cosine = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
         self.optimizer.param_groups[0]["lr"] = self.config.rate * warmup * cosine
         big, small = self.inputs(images)
@@ -371,7 +371,8 @@ class _Run:
         """Write the teacher in FP16, and its directions; settings and results become metadata."""
         metadata = {
             **self.settings,
-            **asdict(result),
+            "loss_function": self.settings["loss"],
+            **asdict(result),  # its loss is a number
             "input": "RGB 0..1, ImageNet mean and std",
             "torch": torch.__version__,
         }

@@ -115,7 +115,8 @@ def test_directions_are_those_of_the_written_teacher(
 def test_two_processes_make_the_teacher_of_one(
     tmp_path: Path, backbone: Path, natural_images: Path
 ) -> None:
-    config = replace(CONFIG, steps=3, batch=2, precision="fp32", whiten=0.5)
+    # at a low rate: Muon takes steps of one size, and makes rounding where a gradient is small as large
+    config = replace(CONFIG, steps=3, batch=2, precision="fp32", whiten=0.5, learning_rate=0.001)
     alone = tmp_path / "alone.safetensors"
     expected = distill(natural_images, backbone, alone, config, device="cpu")
     program = (
