@@ -87,6 +87,11 @@ def read_list(path: Path) -> list[Job]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """Content of a list.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -16,10 +16,8 @@ teacher is worth in a detector tells `edgead.benchmarks.accuracy`, with `teacher
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,8 @@ from edgead.benchmarks.accuracy_list import read_toml
 from edgead.benchmarks.results_file import table, write_results
 from edgead.errors import DataError, EdgeADError, TrainingError
 from edgead.files import write_text
-from edgead.models.files import load_directions, load_teacher
-from edgead.training.distill import DistillConfig, distill
+from edgead.models.files import load_directions, load_teacher, read_state_dict
+from edgead.training.distill import DistillConfig, as_text, distill, recipe
 from edgead.training.targets import Source
 
 DIRECTIONS = (64, 128)
@@ -52,9 +50,9 @@ def read_recipes(path: Path) -> dict[str, tuple[DistillConfig, tuple[str, ...] |
 
 def _recipe(where: str, values: dict[str, Any]) -> tuple[DistillConfig, tuple[str, ...] | None]:
     layers = values.pop("layers", None)
-    if "crop" in values:
-        values["crop"] = tuple(values["crop"])
     try:
+        if "crop" in values:
+            values["crop"] = tuple(values["crop"])
         return DistillConfig(**values), None if layers is None else tuple(layers)
     except (TrainingError, TypeError) as error:
         raise DataError(f"{where}: {error}") from error
@@ -71,13 +69,7 @@ def describe(file: Path) -> dict[str, Any]:
 
 def is_made(file: Path, config: DistillConfig, source: Source) -> bool:
     """Whether this file is there and was made by this recipe from this source."""
-    if not file.exists():
-        return False
-    found = load_teacher(file)[1].metadata
-    wanted = {**asdict(config), "backbone_sha256": source.sha256, "taps": ", ".join(source.layers)}
-    wanted["loss_function"] = wanted.pop("loss")  # a file's loss is what came of it
-    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in wanted.items()}
-    return {key: found.get(key) for key in text} == text
+    return file.exists() and as_text(recipe(config, source)).items() <= read_state_dict(file)[1].items()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -203,6 +203,24 @@ def natural_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MobileNetV2 file with seeded random weights."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from edgead.models.files import save_safetensors
+    from edgead.models.mobilenet import MobileNetV2
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        network = MobileNetV2()
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                torch.nn.init.kaiming_normal_(parameter)
+    path = tmp_path_factory.mktemp("backbone") / "mobilenet.safetensors"
+    save_safetensors(path, network.state_dict(), {})
+    return path
+
+
+@pytest.fixture(scope="session")
 def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PDN-S teacher file with seeded random weights, scaled so that its features are of order 1."""
     torch = pytest.importorskip("torch", reason="torch is not installed")

@@ -165,13 +165,7 @@ def distill(
             held_out=session.crops(held_out, config.seed + 1),
             positions=share,
             out=Path(out),
-            settings={
-                **asdict(config),
-                "images": len(found),
-                "backbone": source.name,
-                "backbone_sha256": source.sha256,
-                "taps": ", ".join(source.layers),
-            },
+            settings=recipe(config, source) | {"images": len(found), "backbone": source.name},
         )
         run.fit(resume=resume, progress=progress if group.rank == 0 else None)
         last = run.points[-1]
@@ -181,6 +175,18 @@ def distill(
     if group.rank == 0:
         run.save_teacher(result)
     return result
+
+
+def recipe(config: DistillConfig, source: Source) -> dict[str, Any]:
+    """What a teacher's file says of how it was made; its `loss` is a number that came of it."""
+    settings = asdict(config)
+    settings["loss_function"] = settings.pop("loss")
+    return settings | {"backbone_sha256": source.sha256, "taps": ", ".join(source.layers)}
+
+
+def as_text(values: dict[str, Any]) -> dict[str, str]:
+    """Values as a teacher's file has them: text as it is, all else as JSON."""
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
 
 
 class _Session:
@@ -371,15 +377,13 @@ class _Run:
         """Write the teacher in FP16, and its directions; settings and results become metadata."""
         metadata = {
             **self.settings,
-            "loss_function": self.settings["loss"],
-            **asdict(result),  # its loss is a number
+            **asdict(result),
             "input": "RGB 0..1, ImageNet mean and std",
             "torch": torch.__version__,
         }
         tensors = {key: value.half() for key, value in self.session.teacher.state_dict().items()}
         tensors["directions"], tensors["energy"] = self._directions()
-        text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-        save_safetensors(self.out, tensors, text)
+        save_safetensors(self.out, tensors, as_text(metadata))
         self.out.with_name(self.out.name + ".checkpoint").unlink(missing_ok=True)
 
     @torch.no_grad()

@@ -6,33 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from edgead.benchmarks.teachers import main, read_recipes
 from edgead.errors import DataError
-from edgead.models.files import load_directions, save_safetensors
-from edgead.models.mobilenet import MobileNetV2
+from edgead.models.files import load_directions
 from edgead.training.distill import DistillConfig
 
-LISTS = Path(__file__).parents[2] / "benchmarks" / "lists"
+RECIPES = Path(__file__).parents[2] / "benchmarks" / "teacher_recipes.toml"
 SMALL = "[defaults]\nsteps = 2\nbatch = 1\nside_px = 64\nheld_out = 0.2\n"
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        network = MobileNetV2()
-        for parameter in network.parameters():
-            if parameter.ndim == 4:
-                torch.nn.init.kaiming_normal_(parameter)
-    path = tmp_path_factory.mktemp("backbone") / "mobilenet.safetensors"
-    save_safetensors(path, network.state_dict(), {})
-    return path
-
-
 def test_the_recipes_of_the_list_that_comes_with_it() -> None:
-    recipes = read_recipes(LISTS / "teacher_recipes.toml")
+    recipes = read_recipes(RECIPES)
     assert recipes["base"] == (DistillConfig(steps=250), None)
     assert recipes["whiten"][0] == DistillConfig(steps=250, whiten=1.0)
     assert recipes["small_crops"][0].crop == (0.3, 1.0) and recipes["short"][0].steps == 120
@@ -45,6 +30,7 @@ def test_the_recipes_of_the_list_that_comes_with_it() -> None:
         ("steps = 3", "nothing outside"),
         ("[defaults]\nsteps = 3", "names no teacher"),
         ("[a]\nstep = 3", "a: .*step"),
+        ("[a]\ncrop = 3", "a: .*iterable"),
         ("[a]\nsteps = 0", "a: .*at least 1"),
         ("[a", "cannot read"),
     ],
@@ -57,11 +43,11 @@ def test_a_wrong_list_is_told_of(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_makes_what_is_missing_and_keeps_what_is_there(
-    tmp_path: Path, backbone: Path, natural_images: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, random_backbone: Path, natural_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "list.toml", tmp_path / "out"
-    command = ["--images", natural_images, "--backbone", backbone, "--out", out, "--device", "cpu"]
-    arguments = list(map(str, [path, *command]))
+    command = [path, "--images", natural_images, "--backbone", random_backbone, "--out", out]
+    arguments = list(map(str, [*command, "--device", "cpu"]))
     path.write_text(SMALL + '[one]\n[other]\nloss = "smooth-l1"\nlayers = ["blocks.2.depthwise"]\n')
     assert main(arguments) == 0
     record = json.loads((out / "teachers.json").read_text())

@@ -21,25 +21,9 @@ from edgead.cli import build_parser
 from edgead.errors import DataError, TrainingError
 from edgead.image import list_images
 from edgead.models.files import load_directions, load_teacher, save_safetensors
-from edgead.models.mobilenet import MobileNetV2
 from edgead.models.resnet import ResNet
 from edgead.training.distill import DistillConfig, distill
 from edgead.training.targets import Source
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MobileNetV2 with seeded random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        network = MobileNetV2()
-        for parameter in network.parameters():
-            if parameter.ndim == 4:
-                torch.nn.init.kaiming_normal_(parameter)
-    path = tmp_path_factory.mktemp("backbone") / "mobilenet.safetensors"
-    save_safetensors(path, network.state_dict(), {})
-    return path
-
 
 CONFIG = DistillConfig(steps=4, batch=1, side_px=64, held_out=0.2, checkpoint_s=0.0)
 
@@ -49,12 +33,12 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
-    tmp_path: Path, backbone: Path, natural_images: Path
+    tmp_path: Path, random_backbone: Path, natural_images: Path
 ) -> None:
     seen: list[tuple[int, float]] = []
     whole = tmp_path / "whole.safetensors"
     result = distill(
-        natural_images, backbone, whole, CONFIG, progress=lambda s, f, loss: seen.append((s, f))
+        natural_images, random_backbone, whole, CONFIG, progress=lambda s, f, loss: seen.append((s, f))
     )
     assert seen == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
     assert result.steps == 4 and result.images == 6
@@ -69,13 +53,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     resumed = tmp_path / "resumed.safetensors"
     with pytest.raises(Stop):
-        distill(natural_images, backbone, resumed, CONFIG, progress=stop)
+        distill(natural_images, random_backbone, resumed, CONFIG, progress=stop)
     assert not resumed.exists() and (tmp_path / "resumed.safetensors.checkpoint").exists()
     with pytest.raises(TrainingError, match="other settings.*batch: 1 then, 2 now"):
-        distill(natural_images, backbone, resumed, replace(CONFIG, batch=2), resume=True)
+        distill(natural_images, random_backbone, resumed, replace(CONFIG, batch=2), resume=True)
     steps: list[int] = []
     again = distill(
-        natural_images, backbone, resumed, CONFIG,
+        natural_images, random_backbone, resumed, CONFIG,
         resume=True, progress=lambda s, f, loss: steps.append(s),
     )  # fmt: skip
     assert steps == [3, 4]  # the checkpoint of step 2 was the last one written
@@ -99,10 +83,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 def test_directions_are_those_of_the_written_teacher(
-    tmp_path: Path, backbone: Path, natural_images: Path
+    tmp_path: Path, random_backbone: Path, natural_images: Path
 ) -> None:
     path = tmp_path / "t.safetensors"
-    distill(natural_images, backbone, path, replace(CONFIG, steps=1))
+    distill(natural_images, random_backbone, path, replace(CONFIG, steps=1))
     found = load_directions(path)
     assert found is not None
     directions, energy = found
@@ -113,12 +97,12 @@ def test_directions_are_those_of_the_written_teacher(
 
 
 def test_two_processes_make_the_teacher_of_one(
-    tmp_path: Path, backbone: Path, natural_images: Path
+    tmp_path: Path, random_backbone: Path, natural_images: Path
 ) -> None:
     # at a low rate: Muon takes steps of one size, and makes rounding where a gradient is small as large
     config = replace(CONFIG, steps=3, batch=2, precision="fp32", whiten=0.5, learning_rate=0.001)
     alone = tmp_path / "alone.safetensors"
-    expected = distill(natural_images, backbone, alone, config, device="cpu")
+    expected = distill(natural_images, random_backbone, alone, config, device="cpu")
     program = (
         "import sys, torch\n"
         "from dataclasses import replace\n"
@@ -140,7 +124,8 @@ def test_two_processes_make_the_teacher_of_one(
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, "-c", program, natural_images, backbone, folder / "t.safetensors"]
+        files = [natural_images, random_backbone, folder / "t.safetensors"]
+        command = [sys.executable, "-c", program, *files]
         processes.append(
             subprocess.Popen(
                 [str(part) for part in command],
@@ -173,14 +158,14 @@ def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
 
 
 def test_shards_give_what_their_folder_gives(
-    tmp_path: Path, backbone: Path, natural_images: Path
+    tmp_path: Path, random_backbone: Path, natural_images: Path
 ) -> None:
     with tarfile.open(tmp_path / "set.tar", "w") as file:
         for path in list_images(natural_images):
             file.add(path, path.name)
     config = replace(CONFIG, steps=1)
     results = [
-        distill(images, backbone, tmp_path / f"{name}.safetensors", config)
+        distill(images, random_backbone, tmp_path / f"{name}.safetensors", config)
         for name, images in {"tar": tmp_path / "set.tar", "folder": natural_images}.items()
     ]
     assert results[0].held_out_loss == results[1].held_out_loss
@@ -230,21 +215,21 @@ def test_other_settings_train_too(
 
 
 def test_minutes_end_a_run_early_and_its_learning_rate_with_it(
-    tmp_path: Path, backbone: Path, natural_images: Path
+    tmp_path: Path, random_backbone: Path, natural_images: Path
 ) -> None:
     fractions: list[float] = []
     config = replace(CONFIG, steps=10**6, minutes=0.02)
     result = distill(
-        natural_images, backbone, tmp_path / "t.safetensors", config,
+        natural_images, random_backbone, tmp_path / "t.safetensors", config,
         progress=lambda s, f, loss: fractions.append(f),
     )  # fmt: skip
     assert result.steps == len(fractions) < 10**6
     assert fractions == sorted(fractions) and fractions[-1] == 1.0 and all(f < 1 for f in fractions[:-1])
 
 
-def test_a_folder_without_images_is_an_error(tmp_path: Path, backbone: Path) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path, random_backbone: Path) -> None:
     with pytest.raises(DataError, match="holds 0 images"):
-        distill(tmp_path, backbone, tmp_path / "t.safetensors", CONFIG)
+        distill(tmp_path, random_backbone, tmp_path / "t.safetensors", CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -292,15 +277,15 @@ def test_commands_of_the_document_parse() -> None:
 
 
 def test_the_command_takes_all_options(
-    tmp_path: Path, backbone: Path, natural_images: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, random_backbone: Path, natural_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from edgead.cli import main
 
     out = tmp_path / "t.safetensors"
     command = (
-        f"distill {natural_images} --backbone {backbone} --out {out} --steps 1 --minutes 5 --batch 1"
-        " --learning-rate 0.0005 --crop 0.4 0.9 --side 64 --whiten 0.3 --loss smooth-l1 --precision fp32"
-        " --layers blocks.6.expand.linear,blocks.12 --seed 3"
+        f"distill {natural_images} --backbone {random_backbone} --out {out} --steps 1 --minutes 5"
+        " --batch 1 --learning-rate 0.0005 --crop 0.4 0.9 --side 64 --whiten 0.3 --loss smooth-l1"
+        " --precision fp32 --layers blocks.6.expand.linear,blocks.12 --seed 3"
     )
     assert main(command.split()) == 0
     assert "PDN-S, 1 steps in" in capsys.readouterr().out
