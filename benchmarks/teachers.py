@@ -9,8 +9,9 @@
     layers = ["blocks.5.depthwise.linear", "blocks.12.depthwise.linear"]
 
 Writes DIR/linear.safetensors and so on, and after each one DIR/teachers.json and DIR/teachers.md. Call
-it again to go on: finished teachers are kept, one that was killed goes on from its checkpoint. What a
-teacher is worth in a detector tells `edgead.benchmarks.accuracy`, with `teacher = [...]` in its list.
+it again to go on: finished teachers are kept, one that was killed goes on from its checkpoint, and a
+recipe that has changed needs another name. What a teacher is worth in a detector tells
+`edgead.benchmarks.accuracy`, with `teacher = [...]` in its list.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def _recipe(where: str, values: dict[str, Any]) -> tuple[DistillConfig, tuple[st
     layers = values.pop("layers", None)
     try:
         if "crop" in values:
+            if not (isinstance(values["crop"], list) and len(values["crop"]) == 2):
+                raise TypeError(f"crop = {values['crop']}: expected [smallest, largest]")
             values["crop"] = tuple(values["crop"])
         return DistillConfig(**values), None if layers is None else tuple(layers)
     except (TrainingError, TypeError) as error:

@@ -137,15 +137,18 @@ def distill(
     Args:
         images: Folder of natural images (searched recursively, no labels) or of tar shards.
         backbone: Weight file of MobileNetV2 or a ResNet, or any network as a `Source`.
-        out: The `.safetensors` file to write. `out` + ".checkpoint" is kept beside it until the end.
+        out: The `.safetensors` file to write, which must not exist. `out` + ".checkpoint" is kept beside
+            it until the end.
         layers: Taps of a weight file's network, finest first; None: those of `edgead.training.targets`.
         resume: Go on from that checkpoint when it exists.
         progress: Called with (step, fraction done, mean loss) after every step, in process 0.
 
     Raises:
-        DataError: too few images. WeightsError: a wrong backbone file. TrainingError: a diverged run.
+        DataError: too few images. WeightsError: a wrong backbone file. TrainingError: a diverged run, or
+            `out` is no name for a new teacher; nothing that is there is replaced.
     """
-    config = config or DistillConfig()
+    config, out = config or DistillConfig(), Path(out)
+    _check_out(out, resume=resume)
     keep_memory()
     found = open_images(images) if isinstance(images, str | Path) else images
     if len(found) < 2:
@@ -164,7 +167,7 @@ def distill(
             crops=session.crops(train, config.seed),
             held_out=session.crops(held_out, config.seed + 1),
             positions=share,
-            out=Path(out),
+            out=out,
             settings=recipe(config, source) | {"images": len(found), "backbone": source.name},
         )
         run.fit(resume=resume, progress=progress if group.rank == 0 else None)
@@ -175,6 +178,22 @@ def distill(
     if group.rank == 0:
         run.save_teacher(result)
     return result
+
+
+def _check_out(out: Path, *, resume: bool) -> None:
+    if out.suffix != ".safetensors":
+        raise TrainingError(f"--out {out}: a teacher's file is named NAME.safetensors")
+    if out.exists():
+        raise TrainingError(f"{out} exists; name another file with --out")
+    if _checkpoint(out).exists() and not resume:
+        raise TrainingError(
+            f"{_checkpoint(out)} is of an unfinished run; go on with --resume, or name another file"
+            " with --out"
+        )
+
+
+def _checkpoint(out: Path) -> Path:
+    return out.with_name(out.name + ".checkpoint")
 
 
 def recipe(config: DistillConfig, source: Source) -> dict[str, Any]:
@@ -294,7 +313,7 @@ class _Run:
     def fit(self, *, resume: bool, progress: Callable[[int, float, float], None] | None) -> None:
         """Take all steps, or those that the checkpoint has not."""
         session, config = self.session, self.session.config
-        checkpoint = self.out.with_name(self.out.name + ".checkpoint")
+        checkpoint = _checkpoint(self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if resume and checkpoint.exists():
             self._restore(load_checkpoint(checkpoint, settings=self.settings))
@@ -384,7 +403,7 @@ class _Run:
         tensors = {key: value.half() for key, value in self.session.teacher.state_dict().items()}
         tensors["directions"], tensors["energy"] = self._directions()
         save_safetensors(self.out, tensors, as_text(metadata))
-        self.out.with_name(self.out.name + ".checkpoint").unlink(missing_ok=True)
+        _checkpoint(self.out).unlink(missing_ok=True)
 
     @torch.no_grad()
     def _directions(self) -> tuple[Tensor, Tensor]:

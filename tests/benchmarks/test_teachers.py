@@ -30,7 +30,7 @@ def test_the_recipes_of_the_list_that_comes_with_it() -> None:
         ("steps = 3", "nothing outside"),
         ("[defaults]\nsteps = 3", "names no teacher"),
         ("[a]\nstep = 3", "a: .*step"),
-        ("[a]\ncrop = 3", "a: .*iterable"),
+        ("[a]\ncrop = 3", "a: crop = 3: expected .smallest"),
         ("[a]\nsteps = 0", "a: .*at least 1"),
         ("[a", "cannot read"),
     ],
@@ -66,11 +66,12 @@ def test_makes_what_is_missing_and_keeps_what_is_there(
     assert f"{float(other['metadata']['held_out_loss']):.3f}" in row
 
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
-    path.write_text(SMALL + '[one]\n[other]\nlayers = ["blocks.2.depthwise"]\n')  # another loss
     assert main(arguments) == 0
-    after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
-    assert after["one.safetensors"] == before["one.safetensors"]
-    assert after["other.safetensors"] > before["other.safetensors"]
+    path.write_text(SMALL + '[one]\n[other]\nlayers = ["blocks.2.depthwise"]\n')  # another loss
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert "other.safetensors exists; name another" in capsys.readouterr().err
+    assert before == {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
 
     path.write_text(SMALL + '[one]\n[wrong]\nlayers = ["blocks.99"]\n')
     capsys.readouterr()

@@ -57,6 +57,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert not resumed.exists() and (tmp_path / "resumed.safetensors.checkpoint").exists()
     with pytest.raises(TrainingError, match="other settings.*batch: 1 then, 2 now"):
         distill(natural_images, random_backbone, resumed, replace(CONFIG, batch=2), resume=True)
+    with pytest.raises(TrainingError, match="unfinished run; go on with --resume"):
+        distill(natural_images, random_backbone, resumed, CONFIG)
     steps: list[int] = []
     again = distill(
         natural_images, random_backbone, resumed, CONFIG,
@@ -67,6 +69,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     a, b = weights(whole), weights(resumed)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not (tmp_path / "resumed.safetensors.checkpoint").exists()
+    for resume in (False, True):  # an hour's work is not replaced
+        with pytest.raises(TrainingError, match="whole.safetensors exists; name another"):
+            distill(natural_images, random_backbone, whole, CONFIG, resume=resume)
     metadata = load_teacher(whole)[1].metadata
     assert metadata["taps"] == "blocks.5.depthwise, blocks.12.depthwise"
     assert json.loads(metadata["crop"]) == [0.55, 1.0]
@@ -80,6 +85,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert curves[0]["settings"]["backbone_sha256"] == metadata["backbone_sha256"]
     pytest.importorskip("matplotlib", reason="no picture of the loss without matplotlib")
     assert (tmp_path / "whole.safetensors.loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher.pth"])
+def test_a_name_that_could_not_be_loaded_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TrainingError, match=f"--out .*{name}: .* NAME.safetensors"):
+        distill(tmp_path, tmp_path / "backbone.pth", tmp_path / name)
 
 
 def test_directions_are_those_of_the_written_teacher(
