@@ -83,8 +83,9 @@ def read_state_dict(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]
             " Save its weights instead: torch.save(module.state_dict(), FILE)"
         ) from error
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        why = str(error) or type(error).__name__  # an empty file's EOFError says nothing
         raise WeightsError(
-            f"{path} cannot be read as weights ({error}): is it complete? Download or copy it again"
+            f"{path} cannot be read as weights ({why}): is it complete? Download or copy it again"
         ) from error
     return _clean(tensors, path), metadata
 

@@ -147,6 +147,8 @@ def _tiled(model: AnomalyModel, dataset: Dataset, tile: int, overlap: int | None
 
 
 def _check_folder(run: Path, *, resume: bool) -> None:
+    if run.is_file():
+        raise TrainingError(f"--out {run} is a file; name a folder for the run")
     if (run / RUN_FILE).exists():
         raise TrainingError(f"{run} holds a finished run; export it, or name another folder with --out")
     if (run / CHECKPOINT_FILE).exists() and not resume:

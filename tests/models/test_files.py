@@ -147,7 +147,7 @@ def test_missing_truncated_and_empty_files(tmp_path: Path, name: str) -> None:
     whole = path.read_bytes()
     for content in (b"", whole[:100], whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(WeightsError, match="cannot be read as weights"):
+        with pytest.raises(WeightsError, match="cannot be read as weights .[^)]"):
             read_state_dict(path)
 
 

@@ -142,6 +142,9 @@ def test_same_seed_same_numbers_and_a_resumed_run_equals_an_uninterrupted_one(
     assert not (tmp_path / "b" / "checkpoint.pt").exists()
     with pytest.raises(TrainingError, match="holds a finished run"):
         _train(tmp_path / "b", *inputs)
+    (tmp_path / "c").touch()
+    with pytest.raises(TrainingError, match="c is a file; name a folder"):
+        _train(tmp_path / "c", *inputs)
 
 
 def test_checkpoint_of_another_run_is_refused(
