@@ -160,10 +160,7 @@ def choose_threshold(
             "the threshold needs finite scores of good validation images,"
             f" got {n} scores; add good images"
         )
-    if not 0 < false_reject < 0.5:
-        raise TrainingError(
-            f"--false-reject {false_reject} is out of range: a rate between 0 and 0.5, such as 0.01"
-        )
+    check_rate(false_reject)
     rejected = math.floor(n * false_reject + 1e-9)
     ordered = np.sort(every if rejected >= 1 else np.delete(every, list(odd)))
     highest_ok = float(ordered[-1 - rejected])
@@ -192,6 +189,14 @@ def choose_threshold(
     return Threshold(
         value, basis, false_reject, binomial_upper_bound(above, n, confidence), confidence, n
     )
+
+
+def check_rate(false_reject: float) -> None:
+    """Raises TrainingError unless it is a rate that a threshold can be chosen for."""
+    if not 0 < false_reject < 0.5:
+        raise TrainingError(
+            f"--false-reject {false_reject} is out of range: a rate between 0 and 0.5, such as 0.01"
+        )
 
 
 def binomial_upper_bound(events: int, n: int, confidence: float = 0.95) -> float:

@@ -155,8 +155,9 @@ def recalibrate(arguments: argparse.Namespace) -> None:
     from edgead.recalibrate import recalibrate, undo
 
     if arguments.undo:
-        back = undo(arguments.bundle)
-        print(f"{arguments.bundle}: threshold {back.before:.6g} -> {back.after:.6g}; {back.claim}")
+        back = undo(arguments.bundle, out=arguments.out)
+        written = arguments.out or arguments.bundle
+        print(f"{written}: threshold {back.before:.6g} -> {back.after:.6g}; {back.claim}")
         return
     with progress_bar("recalibrate", unit="pass") as bar:
         done = recalibrate(

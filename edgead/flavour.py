@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from edgead.errors import EngineError
+from edgead.errors import BackendError, EngineError
 
 CLASSIC, RTX = "tensorrt", "tensorrt-rtx"
 NAMES = (CLASSIC, RTX)
@@ -61,6 +61,17 @@ class Flavour:
         log = _logs[base]
         log.lines.clear()
         return log
+
+    def new_runtime(self, log: Any) -> Any:
+        """Returns what loads engines.
+
+        Raises:
+            BackendError: CUDA cannot be used here; no engine is to blame.
+        """
+        try:
+            return self.module.Runtime(log)
+        except (RuntimeError, TypeError) as error:  # the bindings' word for a null pointer
+            raise BackendError(f"{failure(f'{self.name} cannot start ({error})', log)}") from error
 
 
 _logs: dict[Any, Any] = {}

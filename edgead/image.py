@@ -108,7 +108,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         image: HWC uint8 RGB, or HW uint8.
 
     Raises:
-        DataError: wrong suffix or array, or the file cannot be written.
+        DataError: wrong suffix or array, too many pixels for the format, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -122,9 +122,17 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     kind = path.suffix.lower()
-    data = cv2.imencode(kind, pixels, _QUALITY.get(kind, []))[1].tobytes()
     try:
-        write_bytes(path, data, sync=False)
+        is_encoded, data = cv2.imencode(kind, pixels, _QUALITY.get(kind, []))
+    except cv2.error:  # which of the two is the version's choice
+        is_encoded = False
+    if not is_encoded:
+        height, width = pixels.shape[:2]
+        raise DataError(
+            f"{path}: {kind} cannot hold {width}x{height} px; write smaller images, or another format"
+        )
+    try:
+        write_bytes(path, data.tobytes(), sync=False)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -71,13 +71,15 @@ def recalibrate(
         progress: Called with (passes over images done, in all).
 
     Raises:
-        DataError: no images, or one that cannot be read. BundleError, BackendError.
+        DataError: no images, or one that cannot be read. TrainingError: a rate out of range.
+        BundleError, BackendError.
     """
     if not images:
         raise DataError(f"{path}: recalibration needs images of good parts, and there are none")
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    rate = false_reject or manifest.threshold.target_false_reject_rate or 0.01
+    rate = manifest.threshold.target_false_reject_rate or 0.01 if false_reject is None else false_reject
+    calibration.check_rate(rate)  # before the passes over all images
     with closing(open_backend(bundle, backend, threads=threads)) as runner:
         answers = replay(runner, bundle)
         if not answers.ok:
@@ -110,8 +112,12 @@ def recalibrate(
     )
 
 
-def undo(path: Path) -> Recalibration:
+def undo(path: Path, *, out: Path | None = None) -> Recalibration:
     """Bring back the calibration before the last one.
+
+    Args:
+        path: The bundle.
+        out: Where to write; default: `path` itself, atomically.
 
     Raises:
         BundleError: the bundle was never recalibrated.
@@ -134,7 +140,7 @@ def undo(path: Path) -> Recalibration:
         model={name: value for name, value in manifest.model.items() if name != HEALTH} | state["model"],
         provenance=provenance,
     )
-    write_bundle(path, restored, bundle.model_bytes(), golden)
+    write_bundle(out or path, restored, bundle.model_bytes(), golden)
     return Recalibration(0, manifest.threshold.value, threshold.value, threshold.basis, 0)
 
 

@@ -42,6 +42,7 @@ class Prepared:
         folder: The cache.
         gpu: The GPU that it was prepared for, if it is at hand.
         entry: Where it is in the cache; None when it is new.
+        refused: The one of the same key that it replaces because TensorRT did not load it.
     """
 
     plan: bytes = field(repr=False)
@@ -52,6 +53,7 @@ class Prepared:
     folder: Path
     gpu: GpuInfo | None
     entry: cache.Entry | None
+    refused: cache.Entry | None = None
 
     @property
     def key(self) -> EngineKey:
@@ -88,7 +90,8 @@ def prepare_engine(
         target: Compute capability, such as "sm86"; None is that of the GPU.
         timing_cache: As in `BuildOptions`.
         folder: Of the cache; None is `cache.default_folder`.
-        rebuild: Why an engine in the cache is of no use although its key fits; it is set aside.
+        rebuild: Why an engine in the cache is of no use although its key fits. It is set aside when the
+            new one is kept, not before: TensorRT may have refused it for want of memory alone.
         progress: As in `build_engine`.
 
     Raises:
@@ -107,8 +110,7 @@ def prepare_engine(
         return Prepared(
             found.plan, sidecar, path, is_verified, found.reason, folder, gpu, found.entry
         )
-    if rebuild and found.entry and found.plan is not None:
-        cache.set_aside(found.entry.engine_path)
+    refused = found.entry if rebuild and found.plan is not None else None
     reason = rebuild or found.reason
     key = _like(wanted, found.entry, free)
     tell = logger.info if reason == NONE_YET else logger.warning
@@ -120,7 +122,7 @@ def prepare_engine(
     )
     seconds = time.perf_counter() - start
     sidecar = cache.describe(plan, key, bundle.manifest.name, seconds)
-    return Prepared(plan, sidecar, None, False, reason, folder, gpu, None)
+    return Prepared(plan, sidecar, None, False, reason, folder, gpu, None, refused)
 
 
 def accept(prepared: Prepared, replay: Mapping[str, Any]) -> Path | None:
@@ -165,6 +167,8 @@ def keep(
             name = f"{cache.readable(sidecar.bundle)}-{sidecar.key.flavour}-{sidecar.key.target}"
             return cache.write_pair(out, name, prepared.plan, sidecar).engine_path
         if entry is None:
+            if prepared.refused:  # else it would be as good as the new one
+                cache.set_aside(prepared.refused.engine_path)
             return cache.store(folder, prepared.plan, sidecar).engine_path
         if sidecar.verified:
             cache.record(entry, sidecar.verified)

@@ -57,11 +57,11 @@ def engine_layers(plan: bytes, flavour: Flavour) -> tuple[list[Layer], int]:
         plan: An engine of this GPU and library. Loading it runs code in it: check its origin before.
 
     Raises:
-        EngineError: TensorRT refuses it; it needs a GPU.
+        EngineError: TensorRT refuses it. BackendError: TensorRT cannot start; it needs a GPU.
     """
     trt: Any = flavour.module
     log = flavour.new_log()
-    runtime = trt.Runtime(log)
+    runtime = flavour.new_runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise failure("the engine cannot be loaded", log)

@@ -347,6 +347,8 @@ def test_write_image_refuses_and_leaves_nothing_behind(tmp_path: Path) -> None:
     for array in (noise(4, 4, 4), noise(4), noise(0, 4), noise(4, 4).astype(np.float32)):
         with pytest.raises(DataError, match="cannot write an array of shape"):
             write_image(tmp_path / "a.png", array)
+    with pytest.raises(DataError, match="a.jpg: .jpg cannot hold 70000x1 px"):
+        write_image(tmp_path / "a.jpg", noise(1, 70_000, 3))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder.png", "part.bin"]
 
 

@@ -11,7 +11,7 @@ from edgead.bundle import Bundle
 from edgead.calibration import choose_threshold
 from edgead.cli import main
 from edgead.detector import load
-from edgead.errors import BundleError, DataError
+from edgead.errors import BundleError, DataError, TrainingError
 from edgead.image import list_images, read_image
 from edgead.recalibrate import HISTORY, recalibrate, undo
 
@@ -98,8 +98,22 @@ def test_command(bundle: Path, good: Path, tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "calibrated on 20 good images" in printed and "support a false-reject rate" in printed
     assert bundle.read_bytes() == content and Bundle.open(out).manifest.threshold.good_images == 20
+    recalibrated, old = out.read_bytes(), tmp_path / "old.edgead"
+    assert main(["recalibrate", str(out), "--undo", "--out", str(old)]) == 0
+    assert out.read_bytes() == recalibrated
+    assert str(old) in capsys.readouterr().out
+    assert Bundle.open(old).manifest.threshold == Bundle.open(bundle).manifest.threshold
     assert main(["recalibrate", str(out), "--undo"]) == 0
     assert Bundle.open(out).manifest.threshold == Bundle.open(bundle).manifest.threshold
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.5, 0.5])
+def test_a_rate_out_of_range_is_told_of_before_the_images_are_read(
+    bundle: Path, good: Path, rate: float
+) -> None:
+    (good / "00.png").write_bytes(b"not a picture")
+    with pytest.raises(TrainingError, match=f"--false-reject {rate} is out of range"):
+        recalibrate(bundle, list_images(good), backend="onnxruntime", false_reject=rate)
 
 
 @pytest.mark.parametrize("damage", ["nothing there", "no image"])

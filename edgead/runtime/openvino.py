@@ -40,7 +40,7 @@ class OpenVinoBackend:
             BackendError: OpenVINO is not installed or refuses the graph.
         """
         try:
-            import openvino
+            from openvino import Core, __version__  # a folder of this name imports, but has neither
         except ImportError as error:
             raise BackendError(
                 f"back end openvino cannot be imported ({error}): pip install openvino"
@@ -50,7 +50,7 @@ class OpenVinoBackend:
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         try:
-            core = openvino.Core()
+            core = Core()
             has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             config["INFERENCE_PRECISION_HINT"] = "bf16" if has_bf16 else "f32"
             model = core.read_model(bundle.model_bytes())
@@ -61,7 +61,7 @@ class OpenVinoBackend:
             raise
         except Exception as error:  # RuntimeError and its kin; pybind11 has no narrower type
             raise BackendError(
-                f"OpenVINO {openvino.__version__} refuses the graph of {bundle.path}: {error}"
+                f"OpenVINO {__version__} refuses the graph of {bundle.path}: {error}"
             ) from error
         self.precision = "bf16" if has_bf16 else "fp32"
         self.inputs, self.outputs = expected_specs(manifest)

@@ -55,7 +55,7 @@ class TensorRTBackend:
 
         Raises:
             EngineError: TensorRT refuses the engine, or it is not of this bundle.
-            BackendError: The device failed or has too little memory.
+            BackendError: TensorRT cannot start, or the device failed or has too little memory.
         """
         self.name = flavour.name
         self.precision = bundle.manifest.precision
@@ -67,12 +67,13 @@ class TensorRTBackend:
         self._lock = threading.Lock()
         self._slots: list[TensorRTSlot] = []
         self._own: TensorRTSlot | None = None  # of `infer`, opened on its first call
-        self._is_lost = False
+        self._is_lost = self._is_closed = False
         self._engine: Any = None
-        device.make_current()
+        self._runtime: Any = None
         self._log = flavour.new_log()
-        self._runtime: Any = flavour.module.Runtime(self._log)
         try:
+            device.make_current()
+            self._runtime = flavour.new_runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise failure(f"the engine for {bundle.path} cannot be loaded", self._log)
@@ -109,8 +110,9 @@ class TensorRTBackend:
         with self._lock:  # an inference in progress ends first
             for slot in list(self._slots):
                 slot.close()
-            if self._runtime is None:
+            if self._is_closed:
                 return
+            self._is_closed = True
             try:
                 self.device.make_current()  # TensorRT frees device memory when its objects go
             except CudaError:
@@ -188,14 +190,19 @@ class TensorRTSlot:
 
     def calibrate(self, values: np.ndarray) -> None:
         """See `Slot.calibrate`. Copies only when the values change."""
+        self._check_open("calibrate")
+        spec = self._backend.inputs[CALIBRATION]
+        if values.dtype != spec.dtype or values.shape != spec.shape:
+            raise BackendError(f"calibrate: got {values.dtype} {list(values.shape)}, expected {spec}")
         if np.array_equal(values, self._calibration):
             return
-        self._check_open("calibrate")
+        before = self._calibration.copy()
         self._calibration[:] = values
         try:
             self._device.make_current()
             self._upload_calibration()
         except CudaError as error:
+            self._calibration[:] = before  # the next call has to copy
             self._note(error)
             raise
 

@@ -17,6 +17,7 @@ import torch
 
 from edgead.calibration import (
     MapScale,
+    check_rate,
     choose_threshold,
     graph_constants,
     odd_images,
@@ -90,6 +91,7 @@ def train(
         )
     if overlap is not None and tile is None:
         raise TrainingError(f"--overlap {overlap} is that of tiles: add --tile, or leave it out")
+    check_rate(config.false_reject)  # not after the training
     _check_folder(run, resume=resume)
     run.mkdir(parents=True, exist_ok=True)
     chosen = pick_device(device)

@@ -311,6 +311,15 @@ def test_without_openvino(tiny_bundle: Path) -> None:
     )
 
 
+def test_a_folder_that_has_openvinos_name(tiny_bundle: Path) -> None:
+    """Python takes it for a package where the real one is not installed."""
+    folder = (
+        "from importlib.util import module_from_spec; from importlib.machinery import ModuleSpec;"
+        " sys.modules['openvino'] = module_from_spec(ModuleSpec('openvino', None, is_package=True))\n"
+    )
+    assert run_without("nothing", folder + OPEN, tiny_bundle, "auto").stdout.strip() == "onnxruntime"
+
+
 def test_without_onnxruntime(tiny_bundle: Path) -> None:
     need("openvino")
     assert run_without("onnxruntime", OPEN, tiny_bundle, "openvino").stdout.strip() == "openvino"

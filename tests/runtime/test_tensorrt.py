@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sys
@@ -221,6 +222,8 @@ def test_from_many_threads(opened: Any, tiny: Any) -> None:
         (lambda b: b.open_slot(1).wait(), "nothing was launched"),
         (lambda b: infer(b, np.zeros((1, 32, 64, 3), np.uint8)), "expected image uint8 [N, 64, 64, 3]"),
         (lambda b: infer(b, np.zeros((1, 64, 64, 3), np.float32)), "image is float32"),
+        (lambda b: b.open_slot(1).calibrate(np.zeros(1, np.float32)), "calibrate: got float32 [1]"),
+        (lambda b: b.open_slot(1).calibrate(np.zeros(3)), "calibrate: got float64 [3]"),
     ],
 )
 def test_wrong_calls(call: Callable[[Any], Any], message: str, opened: Any, tiny: Any) -> None:
@@ -229,6 +232,21 @@ def test_wrong_calls(call: Callable[[Any], Any], message: str, opened: Any, tiny
         call(backend)
     assert message in str(caught.value)
     check(backend, tiny.frames(1, spots=True), tiny)
+
+
+def test_a_calibration_that_was_not_copied_is_copied_by_the_next_call(
+    opened: Any, fake_cuda: Any
+) -> None:
+    slot = opened().open_slot(1)
+    slot.launch()
+    before = float(slot.wait()[0][0])
+    other = np.array([1.0, 0.0, 0.25], np.float32)
+    fake_cuda.fail("cuMemcpyHtoDAsync", 1, OUT_OF_MEMORY)
+    with pytest.raises(CudaError, match="OUT_OF_MEMORY"):
+        slot.calibrate(other)
+    slot.calibrate(other)
+    slot.launch()
+    assert float(slot.wait()[0][0]) != before
 
 
 def test_close(opened: Any) -> None:
@@ -384,6 +402,39 @@ def test_a_cached_engine_that_tensorrt_refuses_is_built_again(
     assert trt.builds == 2 and "building it again" in caplog.text
 
 
+def test_a_good_engine_outlives_a_start_without_memory(
+    trt: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edgead.load(tiny_bundle, backend=name_of(trt)).close()
+    with monkeypatch.context() as full:
+        full.setattr(trt.Runtime, "deserialize_cuda_engine", lambda self, plan: None)
+        full.setattr(trt.Builder, "build_serialized_network", lambda *arguments: None)
+        with pytest.raises(EngineError, match="building the engine for sm86 failed"):
+            edgead.load(tiny_bundle, backend=name_of(trt))
+    builds = trt.builds
+    edgead.load(tiny_bundle, backend=name_of(trt)).close()
+    assert trt.builds == builds
+
+
+def test_tensorrt_that_cannot_start(
+    trt: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its bindings make a TypeError of CUDA libraries that are newer than the driver."""
+    edgead.load(tiny_bundle, backend=name_of(trt)).close()
+
+    def fail(self: Any, logger: Any) -> None:
+        logger.log(logger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt.Runtime, "__init__", fail)
+    with pytest.raises(BackendError, match=r"cannot start .*nullptr.*\n.*failure with error: 35"):
+        edgead.load(tiny_bundle, backend=name_of(trt))
+    backend = open_backend(Bundle.open(tiny_bundle), threads=1)
+    assert backend.name in ("openvino", "onnxruntime")
+    backend.close()
+    assert trt.builds == 1 and not list((tmp_path / "engines").rglob("*.corrupt-*"))
+
+
 def test_a_new_tensorrt_version_rebuilds(
     trt: Any, tiny_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -469,6 +520,26 @@ def test_a_fault_in_flight_loses_and_doubles_nothing(
         stats = executor.stats
     assert (stats.completed, stats.failed, stats.recoveries) == (40, 0, 1)
     assert trt.builds == 1  # opened again from the cache
+
+
+def test_a_fault_reaches_several_executors_and_ends_none(
+    trt: Any, tiny_bundle: Path, tiny: Any, fake_cuda: Any
+) -> None:
+    """They share the GPU's context; only one of them may reset it."""
+    frames, scores = frames_and_scores(tiny, 2)
+    for _ in range(5):
+        with contextlib.ExitStack() as stack:
+            all_of_them = [
+                stack.enter_context(load_executor(trt, tiny_bundle, slots=2)) for _ in range(3)
+            ]
+            fake_cuda.fail("work:host", 1, ILLEGAL_ADDRESS, sticky=True)
+            with fake_cuda.held():
+                futures = [[executor.submit(frame) for frame in frames] for executor in all_of_them]
+            for ours in futures:
+                got = [future.result(60).score for future in ours]
+                np.testing.assert_allclose(got, scores, rtol=0, atol=2e-6)
+            for executor in all_of_them:
+                assert executor.submit(frames[0]).result(60).is_anomalous
 
 
 def test_a_device_that_stays_lost_answers_every_frame_with_an_error(

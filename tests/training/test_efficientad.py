@@ -109,8 +109,16 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "detector.safetensors")
 
 
-def _train(run: Path, demo_images: Path, natural_images: Path, teacher: Path, **options: object) -> None:
-    config = TrainConfig(steps=4, checkpoint_s=0.0)
+def _train(
+    run: Path,
+    demo_images: Path,
+    natural_images: Path,
+    teacher: Path,
+    *,
+    false_reject: float = 0.01,
+    **options: object,
+) -> None:
+    config = TrainConfig(steps=4, checkpoint_s=0.0, false_reject=false_reject)
     dataset = open_dataset(demo_images, seed=config.seed)
     train(dataset, run, config, teacher=teacher, penalty=natural_images, **options)  # type: ignore[arg-type]
 
@@ -142,6 +150,9 @@ def test_same_seed_same_numbers_and_a_resumed_run_equals_an_uninterrupted_one(
     assert not (tmp_path / "b" / "checkpoint.pt").exists()
     with pytest.raises(TrainingError, match="holds a finished run"):
         _train(tmp_path / "b", *inputs)
+    with pytest.raises(TrainingError, match="--false-reject 0.5 is out of range"):  # and not at the end
+        _train(tmp_path / "d", *inputs, false_reject=0.5)
+    assert not (tmp_path / "d").exists()
     (tmp_path / "c").touch()
     with pytest.raises(TrainingError, match="c is a file; name a folder"):
         _train(tmp_path / "c", *inputs)

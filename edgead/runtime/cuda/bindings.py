@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from typing import Any
@@ -10,6 +11,7 @@ from edgead.errors import BackendError, CudaError
 from edgead.runtime.cuda import GpuInfo, HostBuffer
 from edgead.runtime.cuda.errors import cuda_error, no_driver
 from edgead.runtime.cuda.host import host_pages
+from edgead.runtime.cuda.primary import PrimaryContext
 
 _HOLDS_THE_GIL_BEFORE = (12, 9, 1)
 
@@ -27,13 +29,15 @@ class BindingsDevice:
         self._ordinal = self._call("cuDeviceGet", ordinal)
         self.info = self._read_info()
         self._pages: dict[int, Any] = {}  # address -> array; registered memory must not be unmapped
-        self._context: Any = self._call("cuDevicePrimaryCtxRetain", self._ordinal)
+        retain = functools.partial(self._call, "cuDevicePrimaryCtxRetain", self._ordinal)
+        self._context: PrimaryContext | None = PrimaryContext(ordinal, retain)
 
     def make_current(self) -> None:
         """See `Device.make_current`."""
         if self._context is None:
             raise BackendError(f"{self.info.name}: this device was closed or reset; open it again")
-        self._call("cuCtxSetCurrent", self._context)
+        self._context.check("cuCtxSetCurrent")
+        self._call("cuCtxSetCurrent", self._context.handle)
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
@@ -160,7 +164,7 @@ class BindingsDevice:
         if self._context is None:
             return
         try:
-            self._call("cuDevicePrimaryCtxReset", self._ordinal)
+            self._context.reset(lambda: self._call("cuDevicePrimaryCtxReset", self._ordinal))
         finally:
             self._release()
 

@@ -14,6 +14,7 @@ device must be closed or reset: pycuda ends the process if it collects objects o
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from edgead.runtime.cuda import GpuInfo, HostBuffer
 from edgead.runtime.cuda.errors import cuda_error, no_driver
 from edgead.runtime.cuda.host import host_pages
 from edgead.runtime.cuda.libcuda import Driver
+from edgead.runtime.cuda.primary import PrimaryContext
 
 _STREAM_NON_BLOCKING = 1
 _CAPTURE_THREAD_LOCAL = 1
@@ -52,13 +54,15 @@ class PycudaDevice:
         self._blocks: dict[int, Any] = {}
         self._pages: dict[int, Any] = {}  # address -> array; registered memory must not be unmapped
         self._event_numbers = itertools.count(1)  # pycuda does not tell an event's handle
-        self._context: Any = self._call(device.retain_primary_context)
+        retain = functools.partial(self._call, device.retain_primary_context)
+        self._context: PrimaryContext | None = PrimaryContext(ordinal, retain)
 
     def make_current(self) -> None:
         """See `Device.make_current`."""
         if self._context is None:
             raise BackendError(f"{self.info.name}: this device was closed or reset; open it again")
-        self._driver.call("cuCtxSetCurrent", self._context.handle)
+        self._context.check("cuCtxSetCurrent")
+        self._driver.call("cuCtxSetCurrent", self._context.handle.handle)
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
@@ -208,8 +212,9 @@ class PycudaDevice:
 
     def _release(self, *, reset: bool) -> None:
         """Gives the primary context back; it goes with its last user."""
-        context, self._context = self._context, None
-        on_stack = 0
+        assert self._context is not None
+        primary, self._context = self._context, None
+        context, on_stack = primary.handle, 0
         try:
             on_stack += int(self._driver.get("cuCtxGetCurrent") == context.handle)
             context.push()  # otherwise detach() does nothing in another thread than this was opened in
@@ -218,7 +223,7 @@ class PycudaDevice:
             logger.debug("closing: %s", error)
         try:
             if reset:
-                self._driver.call("cuDevicePrimaryCtxReset_v2", self._ordinal)
+                primary.reset(lambda: self._driver.call("cuDevicePrimaryCtxReset_v2", self._ordinal))
         finally:
             context.detach()
             # What is still in here is of a dead context now, and pycuda leaves it alone.
@@ -245,9 +250,10 @@ class PycudaDevice:
     @contextmanager
     def _on_stack(self, call: str) -> Iterator[None]:
         """Puts the context on pycuda's stack for a while, if it is current as it must be."""
-        if self._context is None or self._driver.get("cuCtxGetCurrent") != self._context.handle:
+        context = self._context.handle if self._context else None
+        if context is None or self._driver.get("cuCtxGetCurrent") != context.handle:
             raise self._driver.error(call, _INVALID_CONTEXT)
-        self._call(self._context.push)
+        self._call(context.push)
         try:
             yield
         finally:

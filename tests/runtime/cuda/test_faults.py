@@ -237,6 +237,43 @@ def test_a_reset_by_somebody_else(fake_box: Any) -> None:
     mine.close()
 
 
+def test_devices_that_share_a_gpu_reset_it_once_for_one_fault(fake_box: Any) -> None:
+    """The second reset would take the context that the first one has opened anew meanwhile."""
+    for _ in range(3):  # the next fault is another one
+        first, second = fake_box.open(), fake_box.open()
+        fake_box.fake.fail("work", 1, LAUNCH_FAILED)
+        first.make_current()
+        stream = first.create_stream()
+        fake_box.launch(stream, lambda: None)
+        with pytest.raises(CudaError, match="LAUNCH_FAILED"):
+            first.synchronize_stream(stream)
+        first.reset()
+        again = fake_box.open()
+        parts = Parts(again)
+        with pytest.raises(CudaError, match="CONTEXT_IS_DESTROYED") as caught:
+            second.make_current()
+        assert caught.value.is_sticky
+        second.reset()
+        again.make_current()
+        again.launch_graph(parts.graph, parts.stream)
+        again.synchronize_stream(parts.stream)
+        parts.free(again)
+        again.close()
+        assert fake_box.fake.leaks() == {}
+
+
+def test_a_reset_that_fails_is_left_to_the_next_device(fake_box: Any) -> None:
+    first, second = fake_box.open(), fake_box.open()
+    name = "cuDevicePrimaryCtxReset"
+    fake_box.fake.fail(name, 1, ILLEGAL_ADDRESS)
+    with pytest.raises(CudaError, match=name):
+        first.reset()
+    second.make_current()
+    second.create_stream()
+    second.reset()
+    assert fake_box.fake.leaks() == {}
+
+
 def test_a_lost_gpu(fake_box: Any) -> None:
     """Nothing works, not even the reset; the frames are still there."""
     device = fake_box.open()
