@@ -98,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    from edgead.line.assembly import open_line, open_sink
     from edgead.line.run import DEADLINE_MS, end, replay_recipe, run
 
     if arguments.check or arguments.unit:
@@ -109,7 +110,14 @@ def _replay(arguments: argparse.Namespace) -> int:
     results = arguments.sink or Path("results.jsonl")
     if results.is_dir():
         raise LineError(f"--sink {results}: is a folder, name a file")
-    results.unlink(missing_ok=True)
+    earlier = [results]
+
+    def open_anew(config: Any, controls: Any) -> Any:
+        """The sink is opened last: what it replaces goes when nothing else can fail any more."""
+        while earlier:  # once: after a hang the sink is opened again
+            earlier.pop().unlink(missing_ok=True)
+        return open_sink(config, controls)
+
     with tempfile.TemporaryDirectory(prefix="edgead-") as folder:
         recipe = replay_recipe(
             arguments.what,
@@ -120,7 +128,7 @@ def _replay(arguments: argparse.Namespace) -> int:
             deadline_ms=arguments.deadline_ms or DEADLINE_MS,
             backend=arguments.backend or "auto",
         )
-        line, status = run(recipe)
+        line, status = run(recipe, opened=lambda recipe: open_line(recipe, sink=open_anew))
     print(f"{summary(line.statistics)}; {results}")
     return end(line, status)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from edgead.errors import EdgeADError, LineError
 from edgead.line.bundles import Bundles
@@ -14,10 +15,13 @@ from edgead.line.inspector import Inspector, Open, bundle_opener
 from edgead.line.interfaces import Controls, Sink, Source
 from edgead.line.journal import Journal
 from edgead.line.line import Line
+from edgead.line.mark import Mark
 from edgead.line.outlet import Outlet
 from edgead.line.recipe import FILES, CameraConfig, Recipe, SinkConfig
 from edgead.line.sinks import sink_module
 from edgead.line.sources import source_module
+
+MARKED = ("webhook",)  # sinks that cannot say what they have; a PLC must not get old parts again
 
 
 def open_source(config: CameraConfig) -> Source:
@@ -79,14 +83,19 @@ def open_line(
         for each in recipe.sinks:
             with _placed(recipe, f"sink {each.name}"):
                 first = sink(each, line)
+                mark = Mark(_mark_path(settings.journal, each)) if each.kind in MARKED else None
             outlets[each.name] = outlet = Outlet(
-                first, name=each.name, reopen=_sink_opener(sink, each, line)
+                first, name=each.name, reopen=_sink_opener(sink, each, line), mark=mark
             )
             opened.callback(outlet.close, 0.5)
         if start:
             line.start(outlets)
             opened.pop_all()
     return line
+
+
+def _mark_path(journal: Path, sink: SinkConfig) -> Path:
+    return journal / f"sink-{quote(sink.name, safe='')}.mark"
 
 
 def _opener(source: Callable[[CameraConfig], Source], config: CameraConfig) -> Callable[[], Source]:

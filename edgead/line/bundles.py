@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Bundles:
         self._load = load
         self._lock = threading.Lock()
         self._at_work: dict[Path, Inspector | None] = {}
+        self._changes: Counter[Path] = Counter()  # how often the one at work has changed
         self._is_closed = threading.Event()
         try:
             for path in dict.fromkeys(paths):
@@ -63,20 +65,26 @@ class Bundles:
             inspector = self._at_work[path]
             return inspector if inspector is not None and inspector.enter() else None
 
-    def swap(self, path: Path, new: Path) -> None:
-        """Puts another bundle in the place of one; what that has begun it finishes.
+    def load(self, path: Path, new: Path) -> Inspector:
+        """Loads another bundle for the place of one, for `put`.
 
         Raises:
-            EdgeADError: The new one cannot be loaded or verified: the old one stays.
+            EdgeADError: It cannot be loaded or verified.
         """
         if path not in self._at_work:
             raise LineError(f"no recipe of this line uses {path}")
-        inspector = self._load(new)
+        return self._load(new)
+
+    def put(self, path: Path, inspector: Inspector) -> None:
+        """Puts another bundle in the place of one; what that has begun it finishes. Does not wait."""
         with self._lock:
             former = self._at_work[path]
             self._at_work[path] = inspector
+            self._changes[path] += 1
         if former is not None:
             former.retire()
+        if self._is_closed.is_set():
+            inspector.retire()
         logger.warning("%s: %s took over", path, inspector.path)
 
     def renew(self, inspector: Inspector, reason: str) -> None:
@@ -86,9 +94,11 @@ class Bundles:
             paths = [path for path, at_work in self._at_work.items() if at_work is inspector]
             for path in paths:
                 self._at_work[path] = None
+                self._changes[path] += 1
+            places = {path: self._changes[path] for path in paths}
         if paths:  # otherwise somebody else is at it
             logger.error("%s: %s: it is loaded again", inspector.path, reason)
-            arguments = (paths, inspector.path)
+            arguments = (places, inspector.path)
             threading.Thread(target=self._load_again, args=arguments, daemon=True).start()
 
     def close(self) -> None:
@@ -98,7 +108,7 @@ class Bundles:
             if inspector is not None:
                 inspector.retire()
 
-    def _load_again(self, paths: list[Path], file: Path) -> None:
+    def _load_again(self, places: dict[Path, int], file: Path) -> None:
         pause_s, longest_s = BACKOFF_S
         while not self._is_closed.is_set():
             try:
@@ -108,10 +118,12 @@ class Bundles:
                 self._is_closed.wait(pause_s)
                 pause_s = min(2 * pause_s, longest_s)
                 continue
-            with self._lock:
+            with self._lock:  # another bundle may have taken its place meanwhile
+                paths = [path for path, change in places.items() if self._changes[path] == change]
                 for path in paths:
                     self._at_work[path] = inspector
-            logger.warning("%s: at work again", file)
-            if self._is_closed.is_set():
+            if paths:
+                logger.warning("%s: at work again", file)
+            if not paths or self._is_closed.is_set():
                 inspector.retire()
             return

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from edgead.errors import DataError, EdgeADError, LineError
 from edgead.health import HealthCheck
+from edgead.line.awaiting import Awaiting
 from edgead.line.bundles import Bundles
 from edgead.line.inspector import Inspector
 from edgead.line.interfaces import Shot, Source
@@ -21,7 +23,7 @@ from edgead.line.verdicts import Verdict
 from edgead.result import Result
 
 PLAIN_PIXELS = ("rgb", "bgr", "mono")
-LOSSES = ("overflows", "superseded", "unexpected", "late_results")
+LOSSES = ("overflows", "superseded", "unexpected", "missing_images", "late_results")
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +32,7 @@ class Job:
 
     Attributes:
         region: uint8 [H, W, 3] RGB, what is inspected of the shot; None is all of it, not decoded yet.
+        sender: The thread that gives it to its model, until that has taken it.
         is_gone: It was given up: whatever comes back is not heard.
         is_fit: Whether its image is fit to be inspected; None while that is still looked at, beside the
             inference, whose answer then waits.
@@ -43,6 +46,7 @@ class Job:
     inspector: Inspector | None = None
     threshold: float = 0.0
     start_ns: int = 0
+    sender: threading.Thread | None = None
     is_gone: bool = False
     is_fit: bool | None = None
     answer: Decision | None = None
@@ -77,6 +81,7 @@ class Camera:
         thresholds: Per recipe, what was set by hand or in the recipe file; None is the bundle's own.
         awaiting: Parts that the PLC triggered, whose images have not come yet.
         counts: Losses by name.
+        shots: What the source delivers; None while it has to be asked for them.
         reopen: Opens the source anew after it failed; None where that makes no sense (files).
         failure: Why there are no images at present.
     """
@@ -88,13 +93,12 @@ class Camera:
         self.recipe = config.start_recipe
         self.thresholds = [inspection.threshold for inspection in config.recipes]
         self.ledger = Ledger(config.deadline_ms)
-        self.awaiting: deque[Part] = deque()
+        self.awaiting = Awaiting(config.image_timeout_ms or max(5 * config.deadline_ms, 1000))
         self.counts = Counter(dict.fromkeys(LOSSES, 0))
+        self.shots: Iterator[Shot] | None = None
         self.has_ended = self.overflows = False
         self.failure: str | None = None
         self._checks: dict[int, tuple[Inspector, HealthCheck]] = {}
-        timeout_ms = config.image_timeout_ms or max(5 * config.deadline_ms, 1000)
-        self._image_timeout_ns = round(timeout_ms * 1e6)
 
     @property
     def name(self) -> str:
@@ -110,6 +114,12 @@ class Camera:
         own = self.thresholds[recipe]
         return inspector.threshold if own is None else own
 
+    def drop_threshold(self, recipe: int) -> float | None:
+        """Takes back what was set by hand since the start; returns it, None if there was nothing."""
+        own, first = self.thresholds[recipe], self.config.recipes[recipe].threshold
+        self.thresholds[recipe] = first
+        return None if own == first else own
+
     def state(self, bundles: Bundles, queue: int) -> dict[str, Any]:
         """For `Controls.state`; `queue` is how many of its images wait."""
         inspector = bundles.get(self.inspection.bundle)
@@ -123,15 +133,6 @@ class Camera:
             "source": {**self.counts},
             "failure": self.failure,
         }
-
-    def awaited_part(self, now_ns: int) -> Part | None:
-        """The part that an image belongs to which the PLC asked for; None if nobody asked."""
-        while self.awaiting:
-            part = self.awaiting.popleft()
-            if now_ns - part.trigger_ns <= self._image_timeout_ns:
-                return part
-        self.counts["unexpected"] += 1
-        return None
 
     def region(self, shot: Shot, recipe: int, *, decode: bool) -> np.ndarray | None:
         """What is inspected of an image, in the thread of its source.

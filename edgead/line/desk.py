@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from edgead.line.awaiting import UNSURE
 from edgead.line.camera import Camera
-from edgead.line.interfaces import Picture
+from edgead.line.interfaces import Picture, Shot
 from edgead.line.journal import Journal
 from edgead.line.ledger import Decision, Part
 from edgead.line.outlet import Outlet
@@ -32,14 +33,13 @@ class Desk:
         self.wants_pictures = False
         self._journal = journal
         self._reject = frozenset(Verdict(verdict) for verdict in reject)
-        self._unix_offset_ns = time.time_ns() - time.monotonic_ns()
 
     def begin(self, outlets: Mapping[str, Outlet]) -> None:
         """Parts that a crash left open become ERROR, and sinks get the last records that they lack."""
         self.outlets = outlets
         self.wants_pictures = any(outlet.wants_pictures for outlet in outlets.values())
         past = self._journal.past
-        records = list(past.records)
+        errors = []
         for trigger in past.open_triggers:
             record = Record(
                 part_id=trigger.part_id,
@@ -54,21 +54,47 @@ class Desk:
             )
             self._journal.verdict(record)
             self.statistics.add(record)
-            records.append(record)
+            errors.append(record)
         if past.open_triggers:
             logger.warning("%d parts were open when the line went down: ERROR", len(past.open_triggers))
-        is_new = {trigger.part_id for trigger in past.open_triggers}
         for outlet in outlets.values():
-            for record in sorted(records, key=lambda record: record.part_id):
-                if record.part_id in is_new or not outlet.knows(record.part_id):
-                    outlet.put(record, None)
+            for record in [*outlet.missed(past.records), *errors]:
+                outlet.put(record, None)
+        past.records.clear()  # they may be many
+        self._journal.lacking = lambda: max((o.waiting for o in outlets.values()), default=0)
 
     def open(self, camera: Camera, trigger_ns: int, tag: int | None, bundle: str) -> Part:
         """Accepts a trigger."""
-        part_id = self._journal.trigger(camera.name, trigger_ns + self._unix_offset_ns, tag)
+        offset_ns = time.time_ns() - time.monotonic_ns()  # anew: somebody may set the clock
+        part_id = self._journal.trigger(camera.name, trigger_ns + offset_ns, tag)
         part = camera.ledger.open(part_id, trigger_ns, tag=tag)
+        part.unix_offset_ns = offset_ns
         part.recipe, part.bundle = camera.recipe, bundle
         return part
+
+    def match(self, camera: Camera, shot: Shot) -> Part | None:
+        """The part that an image belongs to which the PLC asked for; None: it is thrown away."""
+        part, given_up = camera.awaiting.match(shot, time.monotonic_ns())
+        camera.counts["unexpected"] += part is None
+        for reason, parts in given_up.items():
+            self._give_up(camera, parts, reason)
+        if given_up[UNSURE]:
+            logger.error(
+                "camera %s: an image came while parts %s waited, and does not say when it was exposed: "
+                "none of them gets it, and the camera is not triggered until no image can be under way",
+                camera.name,
+                ", ".join(str(other.part_id) for other in given_up[UNSURE]),
+            )
+        return part
+
+    def give_up_awaited(self, camera: Camera, reason: str) -> None:
+        """No image that the PLC asked for comes any more."""
+        self._give_up(camera, camera.awaiting.clear(), reason)
+
+    def _give_up(self, camera: Camera, parts: list[Part], reason: str) -> None:
+        camera.counts["missing_images"] += len(parts)
+        for part in parts:
+            self.decide(camera, part, Verdict.NOT_INSPECTED, reason)
 
     def decide(self, camera: Camera, part: Part, verdict: Verdict, reason: str) -> None:
         """Says something that no model said."""
@@ -115,7 +141,7 @@ class Desk:
         return left
 
     def _record(self, camera: Camera, part: Part, decision: Decision, verdict: Verdict) -> Record:
-        start_ns, end_ns, offset_ns = decision.start_ns, decision.end_ns, self._unix_offset_ns
+        start_ns, end_ns, offset_ns = decision.start_ns, decision.end_ns, part.unix_offset_ns
         exposure_ns = part.exposure_ns
         return Record(
             part_id=part.part_id,

@@ -23,7 +23,8 @@ class Shot:
         pixels: "rgb", "bgr", "mono", or an OpenCV Bayer pattern as GenICam names it: "bayer-rg",
             "bayer-gr", "bayer-gb", "bayer-bg".
         trigger_ns: `time.monotonic_ns()` of the trigger: where the source does not know, of the arrival.
-        exposure_ns: `time.monotonic_ns()` of the exposure, where the source knows.
+        exposure_ns: `time.monotonic_ns()` of the exposure, where the source knows. It tells to which
+            part an image belongs that the PLC asked for.
         frame_id: The source's own number of the frame.
         origin: Where it came from: a file, a device. For people.
         problem: Why there is no image, one sentence.
@@ -109,8 +110,8 @@ class Sink(Protocol):
     def knows(self, part_id: int) -> bool:
         """Whether this part was written, also by an earlier process, as far as the sink can tell.
 
-        After a crash the line writes the last records again that a sink does not know. Sinks that keep
-        nothing say True.
+        At its start the line writes the last records again that a sink does not know. Sinks that keep
+        nothing say True; `edgead.line.assembly.MARKED` are those that have to have all the same.
         """
         ...
 

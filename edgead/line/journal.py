@@ -2,16 +2,16 @@
 
 After a crash it says which parts were open, what the next part id is, and which records the sinks may
 not have got. A folder of segments, `journal-00000001.log` and on; as many are kept as hold the last
-10,000 records. Lines of JSON:
+10,000 records, and those that wait for a sink. Lines of JSON:
 
     {"next": 18}                             first of a segment: no part id from here on was given
     {"part_id": 17, "camera": "top", ...}    a trigger; an open one stands in the next segment again
     {"verdict": "OK", "part_id": 17, ...}    its `Record`
     {"late": ...}                            what the model said of a part after its deadline
 
-Each line is one write to the file, which survives `kill -9`. Against power cuts `sync` says when the
-disk has to have it: "second", each second, in a thread of its own; "always", before anybody hears of the
-verdict, which then waits for the disk; "never" leaves it to the system.
+Each line is written to the file at once, which survives `kill -9`. Against power cuts `sync` says when
+the disk has to have it: "second", each second, in a thread of its own; "always", before anybody hears of
+the verdict, which then waits for the disk; "never" leaves it to the system.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 SYNCS = ("never", "second", "always")
 SEGMENT_PARTS = 10_000
 KEPT_IN_MEMORY = 100_000
+LINES_OF_A_WRITE = 1000
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Journal:
 
     Attributes:
         past: What was there when it was opened.
+        lacking: How many of the last records some sink may not have: those are kept, too.
         failures: Writes that the disk refused.
     """
 
@@ -74,7 +78,9 @@ class Journal:
         """
         self._folder, self._sync = folder, sync
         self.failures = 0
-        self._waiting: list[bytes] = []
+        self.lacking: Callable[[], int] = lambda: len(self.past.records)  # until somebody knows better
+        self._is_refused = False  # an outage of the disk, which was logged, goes on
+        self._waiting: deque[bytes] = deque()
         self._file = -1
         self._full: list[int] = []  # files of segments that are full, to be closed
         try:
@@ -165,19 +171,25 @@ class Journal:
         self._file, self._path = file, path
         self._parts_in_segment = self._sizes[path] = 0
         lines = [{"next": self._next}, *self._open_triggers.values()]
-        self._waiting[:0] = [_line(line) for line in lines]
+        self._waiting.extendleft(_line(line) for line in reversed(lines))
         self._write()
         if self._sync != "second":
             self._tidy()
 
     def _tidy(self) -> None:
         """Closes full segments, and deletes those that are not needed any more."""
+        current = self._path
         self._reach_disk(os.dup(self._file))  # before the segment goes that says the same
         while self._full:
             self._reach_disk(self._full.pop(0))
+        kept, is_needed = SEGMENT_PARTS + self.lacking(), False
         for old in self._segments():
-            if sum(list(self._sizes.values())) - self._sizes.get(old, 0) < SEGMENT_PARTS:
+            if old >= current:
                 break
+            if size := self._sizes.get(old, 0):  # one without records is not needed in any case
+                is_needed = is_needed or sum(list(self._sizes.values())) - size < kept
+                if is_needed:
+                    continue
             self._sizes.pop(old, None)
             old.unlink(missing_ok=True)
 
@@ -193,12 +205,15 @@ class Journal:
     def _append(self, entry: dict[str, Any]) -> None:
         self._waiting.append(_line(entry))
         self._write()
-        if self._sync != "always":
-            return
         try:
-            os.fdatasync(self._file)
+            if self._sync == "always":
+                os.fdatasync(self._file)
         except OSError as error:
             self._note_failure(error)
+            return
+        if self._is_refused and not self._waiting:
+            self._is_refused = False
+            logger.warning("journal %s: the disk takes it again", self._folder)
 
     def _sync_each_second(self) -> None:
         """Without the callers' lock: a slow disk delays no verdict."""
@@ -207,23 +222,30 @@ class Journal:
 
     def _write(self) -> None:
         """Writes all lines that wait; a line that the disk takes in part only is written whole again."""
+        count = 1 if self._is_refused else LINES_OF_A_WRITE  # in an outage no more than a try
         while self._waiting:
-            line = self._waiting[0]
+            lines = list(islice(self._waiting, count))
             try:
-                written = os.write(self._file, line)
+                written = os.write(self._file, b"".join(lines))
             except OSError as error:
                 self._note_failure(error)
                 return
-            if written < len(line):
-                self._waiting[0] = b"\n" + line.lstrip(b"\n")  # ends the torn one, which `_read` skips
-                continue
-            self._waiting.pop(0)
+            for line in lines:
+                if written < len(line):
+                    # The new line ends the torn one, which `_read` skips.
+                    self._waiting[0] = b"\n" + line.lstrip(b"\n")
+                    break
+                written -= len(line)
+                self._waiting.popleft()
+            count = LINES_OF_A_WRITE
 
     def _note_failure(self, error: OSError) -> None:
-        if self.failures == 0 or not self._waiting:
+        if not self._is_refused:
             logger.error("journal %s: %s: it is kept in memory", self._folder, error.strerror)
+        self._is_refused = True
         self.failures += 1
-        del self._waiting[:-KEPT_IN_MEMORY]
+        while len(self._waiting) > KEPT_IN_MEMORY:
+            self._waiting.popleft()
 
     def _read(self, paths: list[Path]) -> Past:
         past = Past()

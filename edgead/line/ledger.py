@@ -35,6 +35,7 @@ class Part:
     trigger_ns: int
     deadline_ns: int
     tag: int | None = None
+    unix_offset_ns: int = 0  # from the times here to those since 1970, when it was opened
     recipe: int = 0
     bundle: str = ""
     origin: str = ""

@@ -13,26 +13,26 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from edgead.errors import BackendError, LineError
+from edgead.errors import LineError
 from edgead.line.bundles import Bundles
 from edgead.line.camera import Camera, Job
 from edgead.line.desk import Desk
-from edgead.line.interfaces import Shot
+from edgead.line.dispatch import Dispatcher
+from edgead.line.grab import grab
+from edgead.line.interfaces import Shot, Source
 from edgead.line.ledger import Part
 from edgead.line.outlet import Outlet
 from edgead.line.verdicts import Verdict
 from edgead.line.waiting import Waiting
-from edgead.result import Result
 
 logger = logging.getLogger(__name__)
 
 PULSE_S = 0.25  # the longest that a thread of the line sleeps without a sign of life
 LOOK_S = 0.02
-REOPEN_BACKOFF_S = (1.0, 30.0)
+CLOSE_S = 1.0  # that a source may take to close
 
 
 class Line:
@@ -58,18 +58,16 @@ class Line:
         self.statistics = desk.statistics
         self.beats = [0, 0]
         self._desk = desk
-        self._limit, self._stall_ns = in_flight, round(stall_s * 1e9)
+        self._stall_ns = round(stall_s * 1e9)
         self._started_s = time.monotonic()
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)  # the dispatcher waits for it
-        self._room = threading.Condition(self._lock)  # sources that wait for room
+        self._dispatcher = Dispatcher(self._lock, desk, bundles, in_flight=in_flight)
         self._clock = threading.Condition(self._lock)  # who waits for deadlines
         self._next_alarm_ns = math.inf
         self._cameras: dict[str, Camera] = {}
-        self._waiting: Waiting[Job] = Waiting(())
-        self._flying: list[Job] = []
         self._bundles = bundles
-        self._threads: list[threading.Thread] = []
+        self._loops: dict[str, Callable[[], None]] = {}  # what the threads do, by name
+        self._threads: dict[str, threading.Thread] = {}
         self._stopping = threading.Event()
         self._is_closed = False
 
@@ -78,20 +76,16 @@ class Line:
     def add(self, cameras: list[Camera]) -> None:
         """Gives it its cameras. Sinks that take this line as their `Controls` can be opened then."""
         self._cameras = {camera.name: camera for camera in cameras}
-        self._waiting = Waiting(tuple(self._cameras))
+        self._dispatcher.waiting = Waiting(tuple(self._cameras))
 
     def start(self, outlets: dict[str, Outlet]) -> None:
         """Starts the threads. What a crash left open becomes ERROR, and sinks get what they lack."""
         self._desk.begin(outlets)
-        loops: dict[str, Callable[[], None]] = {
-            "dispatch": self._dispatch,
-            "deadlines": self._watch_deadlines,
-        }
+        self._loops = {"dispatch": self._dispatch, "deadlines": self._watch_deadlines}
         for name, camera in self._cameras.items():
-            loops[f"camera {name}"] = functools.partial(self._grab, camera)
-        for name, loop in loops.items():
-            thread = threading.Thread(target=loop, name=f"edgead {name}", daemon=True)
-            self._threads.append(thread)
+            self._loops[f"camera {name}"] = functools.partial(self._grab, camera)
+        self._threads = {name: self._thread(name) for name in self._loops}
+        for thread in self._threads.values():
             thread.start()
 
     @property
@@ -113,20 +107,29 @@ class Line:
             if self._is_closed:
                 return {}
             self._stopping.set()
-        for camera in self._cameras.values():
-            camera.source.close()
-        self._wait_until(lambda: not any(len(c.ledger) for c in self._cameras.values()), grace_s)
+        closing = [
+            threading.Thread(target=self._close, args=(camera,), daemon=True)
+            for camera in self._cameras.values()
+        ]
+        for thread in closing:
+            thread.start()
+        end_s = time.monotonic() + CLOSE_S
+        self._wait_until(self._is_idle, grace_s)
+        for thread in closing:
+            thread.join(max(end_s - time.monotonic(), 0))
         with self._lock:
-            self._waiting.clear()
+            if self._dispatcher.flying:  # nobody can wait for the thread that computes them
+                self._bundles.has_hung = True
             for camera in self._cameras.values():
                 camera.ledger.abandon("the line was stopped before its answer", time.monotonic_ns())
                 self._desk.release(camera)
             self._is_closed = True
-            for condition in (self._work, self._clock, self._room):
-                condition.notify_all()
+            self._dispatcher.close()
+            self._clock.notify_all()
         self._bundles.close()
-        for thread in self._threads[:2]:
-            thread.join(grace_s)
+        for name in ("dispatch", "deadlines"):
+            if name in self._threads:
+                self._threads[name].join(grace_s)
         return self._desk.close(grace_s / 2)
 
     @property
@@ -153,14 +156,18 @@ class Line:
         with self._lock:
             if self._stopping.is_set():
                 raise LineError("the line is stopping")
-            part = self._open(chosen, time.monotonic_ns(), tag)
-            chosen.awaiting.append(part)
+            now_ns = time.monotonic_ns()
+            part = self._open(chosen, now_ns, tag)
+            if chosen.awaiting.is_unsure(now_ns):
+                reason = "the camera was not triggered: it is not clear which images are under way"
+                self._desk.decide(chosen, part, Verdict.NOT_INSPECTED, reason)
+                return part.part_id
+            chosen.awaiting.add(part)
         try:
             chosen.source.fire()
         except LineError as error:
             with self._lock:
-                if part in chosen.awaiting:
-                    chosen.awaiting.remove(part)
+                chosen.awaiting.remove(part)
                 self._desk.decide(
                     chosen, part, Verdict.NOT_INSPECTED, f"the camera was not triggered: {error}"
                 )
@@ -189,7 +196,7 @@ class Line:
         """See `Controls`."""
         with self._lock:
             cameras = {
-                name: camera.state(self._bundles, self._waiting.count(name))
+                name: camera.state(self._bundles, self._dispatcher.waiting.count(name))
                 for name, camera in self._cameras.items()
             }
             is_ready = not self._stopping.is_set() and self._bundles.are_ready
@@ -206,48 +213,54 @@ class Line:
     def swap(self, path: Path, new: Path) -> None:
         """Puts a new bundle in the place of one of the recipe file, without losing a part.
 
+        A threshold that was set by hand was meant for the scores of the old one: it is dropped.
+
         Raises:
             EdgeADError: It cannot be loaded, or does not verify: the old one stays.
         """
-        self._bundles.swap(path, new)
+        inspector = self._bundles.load(path, new)
+        with self._lock:  # no part may meet the new scores with a threshold for the old
+            self._bundles.put(path, inspector)
+            dropped = [
+                (camera.name, camera.drop_threshold(index))
+                for camera in self._cameras.values()
+                for index, recipe in enumerate(camera.config.recipes)
+                if recipe.bundle == path
+            ]
+        for name, value in dropped:
+            if value is not None:
+                logger.warning(
+                    "camera %s: the threshold %g that was set by hand does not hold any more: %s is new",
+                    name,
+                    value,
+                    path,
+                )
 
     # --- images come in
 
     def _grab(self, camera: Camera) -> None:
-        """The thread of a source, which is opened again if it fails."""
-        pause_s, longest_s = REOPEN_BACKOFF_S
-        while not self._stopping.is_set():
-            try:
-                for shot in camera.source.shots():
-                    self._take(camera, shot)
-                    camera.failure, pause_s = None, REOPEN_BACKOFF_S[0]
-                break
-            except LineError as error:
-                camera.failure = f"camera {camera.name}: {error}"
-                logger.error("%s", camera.failure)
-            except Exception as error:
-                camera.failure = f"camera {camera.name}: {error!r}"
-                logger.exception("camera %s", camera.name)
-            if camera.reopen is None:
-                break
-            if self._stopping.wait(pause_s):
-                break
-            pause_s = min(2 * pause_s, longest_s)
-            camera.source.close()
-            try:
-                camera.source = camera.reopen()
-            except LineError as error:
-                logger.error("camera %s: %s", camera.name, error)
-        camera.has_ended = True
+        grab(
+            camera,
+            functools.partial(self._take, camera),
+            put=functools.partial(self._put_source, camera),
+            stopping=self._stopping,
+            is_given_up=self._is_given_up,
+        )
+
+    def _put_source(self, camera: Camera, source: Source) -> None:
+        with self._lock:
+            camera.source = source
+            self._desk.give_up_awaited(camera, "the camera was lost before its image came")
 
     def _take(self, camera: Camera, shot: Shot) -> None:
         with self._lock:
             if self._stopping.is_set():
                 return
             if camera.config.trigger == "plc":
-                part = camera.awaited_part(time.monotonic_ns())
-                if part is None:
+                awaited = self._desk.match(camera, shot)
+                if awaited is None:
                     return
+                part = awaited
             else:
                 part = self._open(camera, shot.trigger_ns, None)
         part.origin, part.frame_id, part.exposure_ns = shot.origin, shot.frame_id, shot.exposure_ns
@@ -260,8 +273,10 @@ class Line:
         part.region = region
         job = Job(camera, part, shot, region)
         with self._lock:
-            self._queue(job)
-        self._dispatch_one()  # an idle device gets it without waiting for another thread
+            self._dispatcher.put(job)
+        self._dispatcher.dispatch()  # an idle device gets it without waiting for another thread
+        if self._is_given_up():
+            return
         # Beside the inference: what it finds is there sooner than the answer, mostly.
         image = shot.image if region is None else region
         assert image is not None
@@ -275,30 +290,10 @@ class Line:
                 self._desk.answer(camera, part, job.answer)
             while (
                 camera.config.grab == "wait"
-                and self._waiting.count(camera.name) >= camera.config.queue
+                and self._dispatcher.waiting.count(camera.name) >= camera.config.queue
                 and not self._stopping.is_set()
             ):
-                self._room.wait(PULSE_S)
-
-    def _queue(self, job: Job) -> None:
-        camera, queue = job.camera, job.camera.config.queue
-        if self._waiting.count(camera.name) >= queue and camera.config.grab == "inspect-all":
-            camera.counts["overflows"] += 1
-            reason = f"{queue} images were waiting already: the line is slower than its triggers"
-            if not camera.overflows:
-                logger.error("camera %s, from part %d on: %s", camera.name, job.part.part_id, reason)
-            camera.overflows = True
-            self._desk.decide(camera, job.part, Verdict.NOT_INSPECTED, reason)
-            return
-        if camera.overflows and not self._waiting.count(camera.name):
-            camera.overflows = False
-            logger.warning("camera %s: its queue is empty again", camera.name)
-        while camera.config.grab == "live" and (older := self._waiting.drop_oldest(camera.name)):
-            camera.counts["superseded"] += 1
-            self._desk.decide(
-                camera, older.part, Verdict.NOT_INSPECTED, "a newer image came before its turn"
-            )
-        self._waiting.put(camera.name, job)
+                self._dispatcher.room.wait(PULSE_S)
 
     def _open(self, camera: Camera, trigger_ns: int, tag: int | None) -> Part:
         bundle = self._bundles.name(camera.inspection.bundle)
@@ -310,77 +305,12 @@ class Line:
     # --- images are inspected
 
     def _dispatch(self) -> None:
-        while not self._is_closed:
+        while not (self._is_closed or self._is_given_up()):
             self.beats[0] += 1
-            if not self._dispatch_one():
+            if not self._dispatcher.dispatch():
                 with self._lock:
-                    if not self._may_dispatch():
-                        self._work.wait(PULSE_S)
-
-    def _may_dispatch(self) -> bool:
-        return len(self._waiting) > 0 and len(self._flying) < self._limit
-
-    def _dispatch_one(self) -> bool:
-        """Gives the next image to its model, in whatever thread; False if there is none, or no room."""
-        with self._lock:
-            job = self._next_job()
-            if job is None:
-                return False
-            recipe = job.part.recipe
-            inspector = self._bundles.enter(job.camera.config.recipes[recipe].bundle)
-            if inspector is None:
-                reason = "its bundle is being loaded again"
-                self._desk.decide(job.camera, job.part, Verdict.ERROR, reason)
-                return True
-            job.inspector = inspector
-            job.threshold = job.camera.threshold(recipe, inspector)
-            job.start_ns = time.monotonic_ns()
-            self._flying.append(job)
-            self._room.notify_all()
-        try:
-            future = inspector.submit(job.shot, job.region)
-        except Exception as error:
-            self._answer(job, error)
-            if isinstance(error, BackendError):  # the executor is closed for good
-                self._bundles.renew(inspector, str(error))
-        else:
-            future.add_done_callback(functools.partial(self._answer_future, job))
-        return True
-
-    def _next_job(self) -> Job | None:
-        if len(self._flying) >= self._limit:
-            return None
-        while (job := self._waiting.take(time.monotonic_ns(), self._needs_ns)) is not None:
-            if job.part.decision is None:
-                return job
-        return None
-
-    def _needs_ns(self, job: Job) -> int:
-        inspector = self._bundles.get(job.camera.config.recipes[job.part.recipe].bundle)
-        return 0 if inspector is None else inspector.needs_ns
-
-    def _answer_future(self, job: Job, future: Future[Result]) -> None:
-        error = future.exception()
-        self._answer(job, future.result() if error is None else error)
-
-    def _answer(self, job: Job, answer: Result | BaseException) -> None:
-        """In the executor's thread: what a model says becomes the verdict, if it is in time."""
-        now_ns = time.monotonic_ns()
-        inspector = job.inspector
-        assert inspector is not None
-        with self._lock:
-            if not (job.is_gone or self._is_closed):
-                self._flying.remove(job)
-                self._work.notify()
-                if isinstance(answer, Result):
-                    inspector.note_time(now_ns - job.start_ns)
-                    job.part.anomaly_map = answer.anomaly_map
-                decision = job.decision(answer, now_ns)
-                if job.is_fit is None:
-                    job.answer = decision
-                elif job.is_fit:
-                    self._desk.answer(job.camera, job.part, decision)
-        inspector.leave()  # in any case: it is closed when the last one has left
+                    if not self._dispatcher.can_dispatch:
+                        self._dispatcher.work.wait(PULSE_S)
 
     # --- deadlines and faults
 
@@ -412,20 +342,22 @@ class Line:
             time.sleep(min(left_s, LOOK_S))
 
     def _is_done(self) -> bool:
-        cameras = self._cameras.values()
-        is_idle = not self._flying and not any(len(camera.ledger) for camera in cameras)
-        return is_idle and (self._stopping.is_set() or all(camera.has_ended for camera in cameras))
+        has_ended = all(camera.has_ended for camera in self._cameras.values())
+        return self._is_idle() and (self._stopping.is_set() or has_ended)
+
+    def _is_idle(self) -> bool:
+        is_open = any(len(camera.ledger) for camera in self._cameras.values())
+        return not (is_open or self._dispatcher.flying)
 
     def check(self) -> None:
         """Starts anew what hangs; the watchdog calls it about once a second."""
         now_ns = time.monotonic_ns()
         with self._lock:
-            hanging = [job for job in self._flying if now_ns - job.start_ns > self._stall_ns]
-            for job in hanging:
-                job.is_gone = True
-                self._flying.remove(job)
-                self._desk.decide(job.camera, job.part, Verdict.ERROR, "the model hangs")
-            self._work.notify()
+            hanging = self._dispatcher.give_up(now_ns - self._stall_ns)
+            for name, thread in self._threads.items():
+                if any(job.sender is thread for job in hanging):  # it hangs too: another one goes on
+                    self._threads[name] = self._thread(name)
+                    self._threads[name].start()
         for inspector in {job.inspector for job in hanging}:
             assert inspector is not None
             self._bundles.has_hung = True
@@ -433,6 +365,19 @@ class Line:
         for outlet in self._desk.outlets.values():
             if outlet.is_stalled(self._stall_ns / 1e9):
                 outlet.restart()
+
+    def _close(self, camera: Camera) -> None:
+        try:
+            camera.source.close()
+        except Exception:
+            logger.exception("camera %s: close", camera.name)
+
+    def _thread(self, name: str) -> threading.Thread:
+        return threading.Thread(target=self._loops[name], name=f"edgead {name}", daemon=True)
+
+    def _is_given_up(self) -> bool:
+        """Whether another thread does the work of this one, which hung."""
+        return threading.current_thread() not in self._threads.values()
 
     def _camera(self, name: str) -> Camera:
         if name not in self._cameras:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from edgead.errors import LineError
 from edgead.line.interfaces import Picture, Sink
+from edgead.line.mark import Mark
 from edgead.line.verdicts import Record
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Outlet:
         *,
         name: str,
         reopen: Callable[[], Sink],
+        mark: Mark | None = None,
         pictures: int = 64,
         records: int = 100_000,
     ) -> None:
@@ -54,11 +56,12 @@ class Outlet:
             sink: From now on only the outlet uses it.
             name: For messages.
             reopen: Opens the same sink again, for `restart`.
+            mark: For a sink that cannot say what it has, and has to have all; the outlet closes it.
             pictures: That wait at most.
             records: That wait at most.
         """
         self.wants_pictures = sink.wants_pictures
-        self._name, self._reopen = name, reopen
+        self._name, self._reopen, self._mark = name, reopen, mark
         self._max_pictures, self._max_records = pictures, records
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -82,9 +85,19 @@ class Outlet:
         """Hands over what the model said after the deadline; as `put`."""
         self._put(_Item(record, None, is_late=True))
 
-    def knows(self, part_id: int) -> bool:
-        """Whether the sink does; for the start of the line, before the first `put` of a new record."""
-        return self._sink.knows(part_id)
+    def missed(self, records: list[Record]) -> list[Record]:
+        """Those of the last records, in the order in which they were given out, that the sink lacks.
+
+        For the start of the line, before the first `put`.
+        """
+        if self._mark is not None:
+            return self._mark.missed(records)
+        return [record for record in records if not self._sink.knows(record.part_id)]
+
+    @property
+    def waiting(self) -> int:
+        """Records that are not written yet, with late results; any thread."""
+        return len(self._waiting) + (self._current is not None)
 
     def counters(self) -> dict[str, int]:
         """What waits and what became of the rest, and the sink's own counters; any thread.
@@ -93,7 +106,7 @@ class Outlet:
         pictures_dropped: pictures whose records are still written.
         """
         own = {
-            "waiting": len(self._waiting) + (self._current is not None),
+            "waiting": self.waiting,
             "written": self._written,
             "failed": self._failed,
             "dropped": self._dropped,
@@ -113,8 +126,8 @@ class Outlet:
     def restart(self) -> None:
         """Leaves the thread to its fate and goes on with a newly opened sink; returns at once.
 
-        The record whose write is stuck is written again if the new sink does not know it. The old sink
-        is closed when its write comes back.
+        The record whose write is stuck is written again if the new sink does not know it, or has a mark
+        because it cannot tell. The old sink is closed when its write comes back.
         """
         logger.error("sink %s: a write does not return; opening the sink again", self._name)
         with self._lock:
@@ -134,7 +147,7 @@ class Outlet:
                 self._deadline_s = end_s
                 self._wake.notify_all()
             self._wake.wait_for(lambda: self._has_finished, timeout_s)
-            left = len(self._waiting) + (self._current is not None)
+            left = self.waiting
             is_stuck = not self._has_finished
         if not is_stuck:
             self._thread.join(SINK_CLOSE_S)
@@ -200,7 +213,8 @@ class Outlet:
         while sink is not None and (item := self._next()) is not None:
             self._deliver(sink, item)
         with self._lock:
-            if self._is_mine():
+            is_mine = self._is_mine()
+            if is_mine:
                 self._has_finished = True
                 self._wake.notify_all()
         if sink is not None:
@@ -208,6 +222,8 @@ class Outlet:
                 sink.close()
             except Exception:
                 logger.exception("sink %s: close", self._name)
+        if is_mine and self._mark is not None:
+            self._mark.close()
 
     def _open_again(self) -> Sink | None:
         """A new sink, whatever time it takes; None if the outlet was closed meanwhile."""
@@ -229,7 +245,7 @@ class Outlet:
         """Leaves out the record that the old sink was writing, if the new one has it."""
         with self._lock:
             item = self._current
-        if item is None or item.is_late:
+        if item is None or item.is_late or self._mark is not None:  # then the sink cannot tell
             return
         try:
             is_known = sink.knows(item.record.part_id)
@@ -314,6 +330,8 @@ class Outlet:
             self._current = self._writing_since_ns = None
             self._written += is_written
             self._dropped += not is_written
+        if self._mark is not None and not item.is_late:
+            self._mark.set(item.record.part_id)
 
     def _pause(self, pause_s: float) -> bool:
         """Waits; False: the time to close has run out, or the thread was given up."""

@@ -95,9 +95,8 @@ class CameraConfig:
             NOT_INSPECTED; "wait": the source waits for room (files only).
         queue: Images that may wait.
         health: Whether images are looked at before they are inspected: dark, blurred, shifted, frozen.
-        image_timeout_ms: How long the image of a trigger of the PLC may be under way; after that it is
-            taken as lost, and the next image belongs to the next trigger. Five deadlines, and at least a
-            second, if not given.
+        image_timeout_ms: How long the image of a trigger of the PLC may be under way; after that it
+            counts as lost. Five deadlines, and at least a second, if not given.
         start_recipe: Number of the recipe that is used at the start.
     """
 
@@ -231,6 +230,8 @@ def _camera(tables: Tables, table: Any, key: Key) -> CameraConfig:
 def _sink(tables: Tables, table: Any, key: Key, taken: set[str]) -> SinkConfig:
     name = table.get("name", table.get("kind", "")) if isinstance(table, Mapping) else ""
     if isinstance(table, Mapping):
+        if "name" in table and not (isinstance(name, str) and name):
+            raise tables.error((*key, "name"), f"name of the sink is {name!r:.60}, expected text")
         table = {field: value for field, value in table.items() if field != "name"}
     kind, config = _config(tables, table, key, "sink")
     if name in taken:

@@ -101,7 +101,12 @@ def run(recipe: Recipe, *, opened: Callable[[Recipe], Line] = open_line) -> tupl
         left = line.stop(GRACE_S)
     for name, count in left.items():
         if count:
-            logger.error("sink %s: %d records were not written; the next start writes them", name, count)
+            logger.error(
+                "sink %s: %d records were not written: the next start gives them to it, unless it is a "
+                "PLC, metrics or the status page",
+                name,
+                count,
+            )
     return line, int(bool(failures) or any(left.values()))
 
 

@@ -46,6 +46,8 @@ ExecReload=/bin/kill -HUP $MAINPID
 WorkingDirectory={folder}
 User={user}
 WatchdogSec=5
+# A new driver may mean minutes of engine building before the line is ready.
+TimeoutStartSec=infinity
 Restart=always
 RestartSec=1
 TimeoutStopSec=5

@@ -110,14 +110,14 @@ class Tables:
         if hint is Path and isinstance(value, str) and value:
             return self.path.parent.absolute() / Path(value).expanduser()
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if hint is float and is_number:
+        if hint is float and is_number and abs(value) <= sys.float_info.max:  # not inf, not nan
             return float(value)
         if hint is int and is_number and isinstance(value, int):
             return value
         if hint in (str, bool) and isinstance(value, hint):
             return value
         words = {
-            float: "a number",
+            float: "a finite number" if is_number else "a number",
             int: "an integer",
             str: "text",
             bool: "true or false",

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from edgead.bundle import Bundle
+from edgead.errors import BackendError
 from edgead.line import assembly
 from edgead.line.interfaces import Shot
 from edgead.line.line import Line
 from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings, SinkConfig
 from edgead.line.sinks import sink_module
 from edgead.line.standin import StandIn
-from edgead.runtime.backend import Backend
+from edgead.runtime.backend import Backend, Slot
 
 GOOD, BAD = (90, 90, 90), (250, 20, 20)
 
@@ -82,11 +83,13 @@ class Bench:
     Attributes:
         sources: By camera.
         results: File of the verdicts.
+        reopen: Opens the source of a camera anew; gives the same one, unless a test puts another here.
     """
 
     line: Line
     sources: dict[str, ToldSource]
     results: Path
+    reopen: Callable[[CameraConfig], ToldSource]
 
     def records(self, count: int, *, late: bool = False) -> list[dict[str, Any]]:
         """The first `count` records, waiting for them; fails after 20 s."""
@@ -145,14 +148,23 @@ def bench(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
             {},
         )
         sources = {config.name: ToldSource() for config in configs}
+        unopened = set(sources)
+
+        def source(config: CameraConfig) -> ToldSource:
+            if config.name in unopened:
+                unopened.remove(config.name)
+                return sources[config.name]
+            return here.reopen(config)
+
         line = assembly.open_line(
             recipe,
             open_model=open_model or (lambda bundle: StandIn(bundle, model_ms)),
-            source=lambda config: sources[config.name],
+            source=source,
             sink=sink,
         )
         started.append(line)
-        return Bench(line, sources, results)
+        here = Bench(line, sources, results, lambda config: sources[config.name])
+        return here
 
     yield start
     for line in started:
@@ -160,4 +172,72 @@ def bench(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     end_s = time.monotonic() + 20
     while any(thread.name == "edgead-executor" for thread in threading.enumerate()):
         assert time.monotonic() < end_s, "an executor was not closed"
+        time.sleep(0.01)
+
+
+class Moody(StandIn):
+    """A stand-in that waits at a gate, or fails as often as it is told to."""
+
+    def __init__(self, bundle: Bundle, gate: threading.Event, failures: list[int]) -> None:
+        super().__init__(bundle, 0)
+        self._gate, self._failures = gate, failures
+
+    def open_slot(self, batch: int = 1) -> Slot:
+        slot = super().open_slot(batch)
+        wait = slot.wait
+
+        def moody_wait() -> tuple[np.ndarray, np.ndarray]:
+            self._gate.wait()
+            if self._failures and self._failures[0] > 0:
+                self._failures[0] -= 1
+                raise BackendError("the device is gone")
+            return wait()
+
+        slot.wait = moody_wait  # type: ignore[method-assign]
+        return slot
+
+
+def gated(gate: threading.Event, failures: list[int] | None = None) -> Callable[[Bundle], Backend]:
+    return lambda bundle: Moody(bundle, gate, failures or [])
+
+
+class Stuck:
+    """A sink whose writes wait for a gate."""
+
+    wants_pictures = False
+
+    def __init__(self, gate: threading.Event) -> None:
+        self._gate = gate
+
+    def write(self, record: object, picture: object) -> None:
+        self._gate.wait()
+
+    def write_late(self, record: object) -> None: ...
+
+    def knows(self, part_id: int) -> bool:
+        return True
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def gate() -> Any:
+    """An open gate; it is opened again in the end, so that nobody is left waiting."""
+    event = threading.Event()
+    event.set()
+    yield event
+    event.set()
+
+
+def camera_state(here: Bench, name: str) -> Any:
+    return here.line.state()["cameras"]["top"][name]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s, "waited for 20 s"
         time.sleep(0.01)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -84,6 +85,35 @@ def test_many_restarts_do_not_push_records_out(tmp_path: Path) -> None:
     assert [r.part_id for r in reopened(tmp_path).records] == list(range(1, 11))
 
 
+def test_starts_without_a_part_leave_no_files(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    opened = journal.trigger("top", 5, None)
+    journal.verdict(record(journal.trigger("top", 6, None)))
+    journal.close()
+    for _ in range(5):
+        reopened(tmp_path)
+    assert len(list(tmp_path.glob("journal-*.log"))) == 2
+    past = reopened(tmp_path)
+    assert [t.part_id for t in past.open_triggers] == [opened] and past.next_part_id == 3
+
+
+def test_what_sinks_lack_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over starts in which nobody says yet what they lack."""
+    monkeypatch.setattr(module, "SEGMENT_PARTS", 10)
+    journal = Journal(tmp_path, sync="never")
+    journal.lacking = lambda: 35
+    for _ in range(100):
+        journal.verdict(record(journal.trigger("top", 6, None)))
+    journal.close()
+    for _ in range(3):
+        known = [r.part_id for r in reopened(tmp_path).records]
+        assert known == list(range(known[0], 101)) and 45 <= len(known) <= 65
+    journal = Journal(tmp_path, sync="never")
+    journal.lacking = lambda: 0
+    journal.close()
+    assert len(reopened(tmp_path).records) <= 20
+
+
 @settings(max_examples=50, deadline=None)
 @given(cut=st.integers(0, 2000))
 def test_a_file_cut_anywhere_is_read_up_to_there(
@@ -146,6 +176,29 @@ def test_a_full_disk_loses_nothing_once_it_has_room_again(tmp_path: Path) -> Non
     journal.close()
     past = reopened(tmp_path)
     assert [r.part_id for r in past.records] == list(range(1, 12))
+
+
+def test_each_outage_of_the_disk_is_logged_and_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal, parts, is_full = Journal(tmp_path, sync="never"), 0, False
+    write = os.write
+
+    def full_write(file: int, data: bytes) -> int:
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    monkeypatch.setattr(module.os, "write", full_write)
+    for count in (10, 3000):
+        for number in range(count + 1):
+            is_full = number < count
+            journal.verdict(record(journal.trigger("top", 6, None)))
+        parts += count + 1
+    journal.close()
+    assert [r.part_id for r in reopened(tmp_path).records] == list(range(1, parts + 1))
+    said = [r.message.rpartition(": ")[2] for r in caplog.records]
+    assert said == ["it is kept in memory", "the disk takes it again"] * 2
 
 
 def test_what_was_said_before_a_kill_is_there_after_it(tmp_path: Path) -> None:

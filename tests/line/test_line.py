@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,50 +10,25 @@ import numpy as np
 import pytest
 
 from edgead.bundle import Bundle
-from edgead.errors import BackendError, BundleError, LineError
+from edgead.errors import BundleError, LineError
 from edgead.line import bundles
-from edgead.line import line as line_module
+from edgead.line.assembly import open_sink
 from edgead.line.recipe import Inspection, SinkConfig
 from edgead.line.standin import StandIn
 from edgead.runtime.backend import Backend, Slot
-from tests.line.conftest import BAD, GOOD, Bench, image
+from tests.line.conftest import (
+    BAD,
+    GOOD,
+    Bench,
+    Moody,
+    Stuck,
+    camera_state,
+    gated,
+    image,
+    wait_for,
+)
 
 Start = Callable[..., Bench]
-
-
-class Moody(StandIn):
-    """A stand-in that waits at a gate, or fails as often as it is told to."""
-
-    def __init__(self, bundle: Bundle, gate: threading.Event, failures: list[int]) -> None:
-        super().__init__(bundle, 0)
-        self._gate, self._failures = gate, failures
-
-    def open_slot(self, batch: int = 1) -> Slot:
-        slot = super().open_slot(batch)
-        wait = slot.wait
-
-        def moody_wait() -> tuple[np.ndarray, np.ndarray]:
-            self._gate.wait()
-            if self._failures and self._failures[0] > 0:
-                self._failures[0] -= 1
-                raise BackendError("the device is gone")
-            return wait()
-
-        slot.wait = moody_wait  # type: ignore[method-assign]
-        return slot
-
-
-def gated(gate: threading.Event, failures: list[int] | None = None) -> Callable[[Bundle], Backend]:
-    return lambda bundle: Moody(bundle, gate, failures or [])
-
-
-@pytest.fixture
-def gate() -> Any:
-    """An open gate; it is opened again in the end, so that nobody is left waiting."""
-    event = threading.Event()
-    event.set()
-    yield event
-    event.set()
 
 
 def test_each_image_is_a_part_with_its_verdict(bench: Start) -> None:
@@ -120,30 +94,6 @@ def test_live_takes_the_newest(bench: Start, gate: threading.Event) -> None:
     verdicts = here.verdicts(5)
     assert verdicts[-1] == "OK" and verdicts.count("NOT_INSPECTED") == 3
     assert any("newer image" in record["reason"] for record in here.records(5))
-
-
-def test_the_plc_triggers_and_images_find_their_parts(bench: Start) -> None:
-    here = bench({"top": {"trigger": "plc"}})
-    source = here.sources["top"]
-    source.send(image())  # nobody asked for this one
-    wait_for(lambda: camera_state(here, "source")["unexpected"] == 1)
-    assert [here.line.trigger("top", tag=tag) for tag in (70, 71, 72)] == [1, 2, 3]
-    source.send(image(BAD))
-    source.send(None, problem="lost")
-    source.send(image(GOOD))
-    records = here.records(3)
-    assert [(r["tag"], r["verdict"]) for r in records] == [(70, "NG"), (71, "NOT_INSPECTED"), (72, "OK")]
-    assert source.fired == 3
-
-
-def test_a_trigger_whose_image_never_comes_is_late_and_takes_no_image_of_another(bench: Start) -> None:
-    here = bench({"top": {"trigger": "plc", "deadline_ms": 50.0, "image_timeout_ms": 100.0}})
-    here.line.trigger("top", tag=1)
-    assert here.verdicts(1) == ["LATE"]
-    time.sleep(0.12)
-    here.line.trigger("top", tag=2)
-    here.sources["top"].send(image(BAD))
-    assert [(r["tag"], r["verdict"]) for r in here.records(2)] == [(1, "LATE"), (2, "NG")]
 
 
 def test_a_camera_that_refuses_the_trigger(bench: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +213,22 @@ def test_a_bundle_is_swapped_under_load_without_losing_a_part(
     assert records[0]["bundle"] == "blob" and records[-1]["bundle"] == "renewed"
 
 
+def test_a_new_bundle_is_judged_by_its_own_threshold(
+    bench: Start, tiny: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """And not by one that was set for the scores of the old one."""
+    recipes = (Inspection(bundle=tiny_bundle), Inspection(bundle=tiny_bundle, threshold=0.2))
+    here = bench({"top": {"recipes": recipes}})
+    here.line.set_threshold("top", 9.0)
+    here.sources["top"].send(image(BAD))
+    assert here.verdicts(1) == ["OK"]
+    here.line.swap(tiny_bundle, tiny.write(tmp_path / "new.edgead", name="renewed"))
+    here.sources["top"].send(image(BAD))
+    assert here.verdicts(2)[1] == "NG" and camera_state(here, "threshold") == 0.4
+    here.line.select_recipe("top", 1)
+    assert camera_state(here, "threshold") == 0.2  # the recipe file's stays
+
+
 def test_a_bundle_that_does_not_verify_does_not_take_over(
     bench: Start, tiny: Any, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -302,31 +268,7 @@ def test_no_camera_starves_when_there_is_too_much_to_do(bench: Start) -> None:
     assert min(counts.values()) >= 8, counts
 
 
-class Stuck:
-    """A sink whose writes wait for a gate."""
-
-    wants_pictures = False
-
-    def __init__(self, gate: threading.Event) -> None:
-        self._gate = gate
-
-    def write(self, record: object, picture: object) -> None:
-        self._gate.wait()
-
-    def write_late(self, record: object) -> None: ...
-
-    def knows(self, part_id: int) -> bool:
-        return True
-
-    def counters(self) -> dict[str, int]:
-        return {}
-
-    def close(self) -> None: ...
-
-
 def test_a_sink_that_hangs_delays_nobody(bench: Start, gate: threading.Event) -> None:
-    from edgead.line.assembly import open_sink
-
     gate.clear()
     here = bench(
         {"top": {"deadline_ms": 1000.0}},
@@ -340,14 +282,46 @@ def test_a_sink_that_hangs_delays_nobody(bench: Start, gate: threading.Event) ->
     assert here.line.state()["sinks"]["stuck"]["waiting"] == 50
 
 
-def test_a_source_that_fails_is_opened_again(bench: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line_module, "REOPEN_BACKOFF_S", (0.01, 0.01))
-    here = bench({"top": {"kind": "opencv"}})
+def test_a_device_that_hangs_when_it_is_given_an_image_stops_no_camera(
+    bench: Start, gate: threading.Event
+) -> None:
+    """The first model hangs in the thread that brings the images."""
+    gate.clear()
+    opened = []
+
+    def open_model(bundle: Bundle) -> Backend:
+        model = StandIn(bundle, 0)
+        if not opened:
+            open_slot = model.open_slot
+
+            def stuck_slot(batch: int = 1) -> Slot:
+                slot = open_slot(batch)
+                launch = slot.launch
+
+                def stuck_launch(count: int = 1) -> None:
+                    gate.wait()
+                    launch(count)
+
+                slot.launch = stuck_launch  # type: ignore[method-assign]
+                return slot
+
+            model.open_slot = stuck_slot  # type: ignore[method-assign]
+        opened.append(model)
+        return model
+
+    here = bench({"top": {}, "side": {}}, open_model=open_model, stall_s=0.5)
     here.sources["top"].send(image())
-    here.sources["top"].fail(RuntimeError("a fault of the driver"))
-    here.sources["top"].send(image())  # `close` was called: the queue also holds an end
-    assert here.verdicts(1) == ["OK"]
-    wait_for(lambda: not here.line.failures)
+    wait_for(lambda: (here.line.check() or here.verdicts(0)) == ["ERROR"])
+    wait_for(lambda: here.line.state()["ready"])
+    beats = list(here.line.beats)
+    for _ in range(3):
+        here.sources["top"].send(image())
+        here.sources["side"].send(image(BAD))
+    assert sorted(here.verdicts(7)) == ["ERROR", *["NG"] * 3, *["OK"] * 3]
+    gate.set()  # the thread that hung ends, and takes nothing of the one that went on
+    here.sources["top"].send(image(BAD))
+    assert here.verdicts(8)[7] == "NG"
+    wait_for(lambda: all(now > before for now, before in zip(here.line.beats, beats, strict=True)))
 
 
 def test_stop_gives_every_part_a_verdict_and_is_quick(bench: Start, gate: threading.Event) -> None:
@@ -361,43 +335,16 @@ def test_stop_gives_every_part_a_verdict_and_is_quick(bench: Start, gate: thread
     assert time.monotonic() - start_s < 10
     assert here.verdicts(5) == ["ERROR"] * 5
     assert here.line.stop() == {}
+    assert here.line.has_hung  # the process does not wait for that model
 
 
-def test_a_new_process_goes_on_where_the_last_one_was_killed(
-    bench: Start, gate: threading.Event, tmp_path: Path
+def test_stop_waits_for_slow_sources_at_the_same_time(
+    bench: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The journal as a crash leaves it: two parts open, and the last verdict not in the results."""
-    gate.clear()
-    here = bench(open_model=gated(gate))
-    for _ in range(3):
-        here.sources["top"].send(image())
-    wait_for(lambda: camera_state(here, "open_parts") == 3)
-    shutil.copytree(tmp_path / "journal", tmp_path / "copy")
-    gate.set()
-    here.records(3)
-    here.line.stop(0.5)
-    shutil.rmtree(tmp_path / "journal")
-    shutil.copytree(tmp_path / "copy", tmp_path / "journal")
-    here.results.unlink()
-
-    again = bench()
-    again.sources["top"].send(image())
-    records = again.records(4)
-    assert [(r["part_id"], r["verdict"]) for r in records] == [
-        (1, "ERROR"),
-        (2, "ERROR"),
-        (3, "ERROR"),
-        (4, "OK"),
-    ]
-    assert records[0]["reason"] == "the line went down before its answer"
-
-
-def camera_state(here: Bench, name: str) -> Any:
-    return here.line.state()["cameras"]["top"][name]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s, "waited for 20 s"
-        time.sleep(0.01)
+    here = bench({f"camera{number}": {} for number in range(5)})
+    for source in here.sources.values():
+        monkeypatch.setattr(source, "close", lambda close=source.close: (time.sleep(0.5), close()))
+    start_s = time.monotonic()
+    here.line.stop(1.0)
+    assert 0.5 <= time.monotonic() - start_s < 2
+    assert not here.line.has_hung

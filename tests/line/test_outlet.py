@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from edgead.errors import LineError
 from edgead.line import outlet as module
 from edgead.line.interfaces import Picture
+from edgead.line.mark import Mark
 from edgead.line.outlet import Outlet
 from edgead.line.verdicts import Record, Verdict
 
@@ -285,6 +287,27 @@ def test_restart_leaves_a_stuck_write_behind(gate: threading.Event, quick: None,
     assert way.close(LIMIT_S) == 0
     assert fresh.parts[-1] == 5 and fresh.is_closed
     assert way.counters()["written"] == 6
+
+
+def test_a_sink_with_a_mark_gets_a_stuck_record_again_and_the_mark_moves_with_it(
+    tmp_path: Path, gate: threading.Event, quick: None
+) -> None:
+    """It says that it knows everything, since it cannot tell."""
+    records = [record(part_id) for part_id in range(5)]
+    stuck, fresh = ListSink(lambda record: gate.wait() and None), ListSink()
+    stuck.knows = fresh.knows = lambda part_id: True  # type: ignore[method-assign]
+    way = Outlet(stuck, name="test", reopen=lambda: fresh, mark=Mark(tmp_path / "mark"))
+    assert way.missed(records) == []  # the receiver is new
+    for each in records:
+        way.put(each, None)
+    wait_for(lambda: way.is_stalled(0.01))
+    way.restart()
+    wait_for(lambda: way.counters()["written"] == 5)
+    assert fresh.parts == [0, 1, 2, 3, 4]
+    way.put_late(record(2))
+    assert way.close(LIMIT_S) == 0
+    more = [*records, record(9), record(7)]
+    assert Mark(tmp_path / "mark").missed(more) == more[5:]
 
 
 def test_puts_from_several_threads_lose_nothing() -> None:

@@ -80,6 +80,12 @@ def test_paths_are_those_beside_the_file(folder: Path) -> None:
             8,
             'the source waits to be triggered: write trigger = "plc"',
         ),
+        (
+            'kind = "jsonl"',
+            'kind = "jsonl"\nname = ["a"]',
+            20,
+            "name of the sink is ['a'], expected text",
+        ),
         ("deadline_ms = 40", "deadline_ms = 40\nqueue = 0", 8, "queue is 0, expected 1 to 10000"),
         ("deadline_ms = 40", "deadline_ms = 40\nstart_recipe = 2", 8, "start_recipe is 2, there are 2"),
         (

@@ -105,6 +105,15 @@ def test_wrong_use_is_one_clear_line(
     assert words in error and error.startswith("edgead run: error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("bundle", "sink"), [("tiny.edgead", "notes.csv"), ("bad.edgead", "r.jsonl")])
+def test_earlier_results_stay_if_the_replay_cannot_start(folder: Path, bundle: str, sink: str) -> None:
+    (folder / "bad.edgead").write_bytes((folder / "tiny.edgead").read_bytes()[:1000])
+    (folder / sink).write_text("of an earlier run\n")
+    command = ["run", str(folder / bundle), "--source", str(folder / "frames")]
+    assert main([*command, "--sink", str(folder / sink)]) == 1
+    assert (folder / sink).read_text() == "of an earlier run\n"
+
+
 def test_check_opens_everything_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +147,7 @@ def test_unit_for_systemd(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["run", str(path), "--unit"]) == 0
     unit = capsys.readouterr().out
     assert "Type=notify" in unit and f" run {path}\n" in unit and "WatchdogSec=5" in unit
+    assert "\nTimeoutStartSec=infinity\n" in unit  # engines may have to be built
 
 
 def started(folder: Path, path: Path, **environment: str) -> subprocess.Popen[str]:

@@ -12,6 +12,8 @@ LONGEST_GAP = 1000  # frames; a longer one is taken for a camera that counts ane
 LONGEST_AGE_NS = 10_000_000_000  # of a frame when it is taken
 _TICKS = "GevTimestampTickFrequency"
 _CLOCK_PERIOD_NS = 10_000_000_000  # a quartz drifts by less than 1 ms in this time
+_SLOWEST_READ_NS = 3_000_000  # half of it and that drift are less than `awaiting.CLOCK_ERROR_NS`
+_READ_AGAIN_NS = 1_000_000_000
 
 
 def missing_between(previous: int, current: int, *, bits: int) -> int:
@@ -72,7 +74,8 @@ class DeviceClock:
         self._latch = self._value = ""
         self._ticks_hz = 1_000_000_000
         self._offset_ns = 0
-        self._read_ns: int | None = None
+        self._is_read = False
+        self._due_ns = 0
 
     def find(self, camera: Any) -> None:
         """Looks for the features of an `Aravis.Camera` that tell its time."""
@@ -89,17 +92,23 @@ class DeviceClock:
     @property
     def is_due(self) -> bool:
         """Whether it is time to read it."""
-        if not self.is_known or self._read_ns is None:
-            return self.is_known
-        return time.monotonic_ns() - self._read_ns >= _CLOCK_PERIOD_NS
+        return self.is_known and time.monotonic_ns() >= self._due_ns
 
     def read(self, camera: Any) -> None:
-        """Compares the clocks; they agree within half the time that the camera takes to answer."""
+        """Compares the clocks; they agree within half the time that the camera takes to answer.
+
+        An answer that was slow (a command that was sent again) is not used: exposure times tell to which
+        part an image belongs.
+        """
         before_ns = time.monotonic_ns()
         camera.execute_command(self._latch)
-        self._read_ns = time.monotonic_ns()
+        after_ns = time.monotonic_ns()
+        if after_ns - before_ns > _SLOWEST_READ_NS:
+            self._due_ns = after_ns + _READ_AGAIN_NS
+            return
         device_ns = camera.get_integer(self._value) * 1_000_000_000 // self._ticks_hz
-        self._offset_ns = (before_ns + self._read_ns) // 2 - device_ns
+        self._offset_ns = (before_ns + after_ns) // 2 - device_ns
+        self._is_read, self._due_ns = True, after_ns + _CLOCK_PERIOD_NS
 
     def host_ns(self, device_ns: int, arrival_ns: int) -> int | None:
         """The camera's time in `time.monotonic_ns()`; None if not known.
@@ -107,6 +116,5 @@ class DeviceClock:
         A time after the arrival or long before it is not believed: cameras differ in what they count.
         """
         host_ns = device_ns + self._offset_ns
-        if not self.is_known or self._read_ns is None or not 0 <= arrival_ns - host_ns <= LONGEST_AGE_NS:
-            return None
-        return host_ns
+        is_known = self.is_known and self._is_read
+        return host_ns if is_known and 0 <= arrival_ns - host_ns <= LONGEST_AGE_NS else None

@@ -90,6 +90,7 @@ class Clocked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **features: float) -> None:
         self.features, self.now_ns, self.latched_ns = features, 1_000_000 * MS, 0
+        self.answer_ns = 1 * MS
         monkeypatch.setattr(frame_stamps, "time", SimpleNamespace(monotonic_ns=lambda: self.now_ns))
 
     def is_feature_available(self, name: str) -> bool:
@@ -99,7 +100,7 @@ class Clocked:
         assert name in ("TimestampLatch", "GevTimestampControlLatch")
         self.now_ns += 1 * MS  # to the camera
         self.latched_ns = self.now_ns - 1_000_000 * MS
-        self.now_ns += 1 * MS  # and back
+        self.now_ns += self.answer_ns  # and back
 
     def get_integer(self, name: str) -> int:
         if name == "GevTimestampTickFrequency":
@@ -128,6 +129,23 @@ def test_the_clock_of_a_camera_is_mapped(features: dict, monkeypatch: pytest.Mon
     assert clock.host_ns(50 * MS - LONGEST_AGE_NS - 1, arrival_ns) is None
     camera.now_ns += 11_000 * MS
     assert clock.is_due
+
+
+def test_a_slow_answer_does_not_set_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that was sent again: nobody knows to which of the two the answer belongs."""
+    camera, clock = Clocked(monkeypatch, TimestampLatch=1, TimestampLatchValue=1), DeviceClock()
+    clock.find(camera)
+    camera.answer_ns = 500 * MS
+    clock.read(camera)
+    assert clock.host_ns(20 * MS, 1_000_050 * MS) is None and not clock.is_due
+    camera.now_ns += 1_001 * MS
+    camera.answer_ns = 1 * MS
+    assert clock.is_due  # sooner than usual
+    clock.read(camera)
+    camera.now_ns += 11_000 * MS
+    camera.answer_ns = 500 * MS
+    clock.read(camera)
+    assert clock.host_ns(20 * MS, 1_000_050 * MS) == 1_000_020 * MS  # as it was set before
 
 
 def test_most_cameras_do_not_tell_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
