@@ -15,6 +15,7 @@ Robustness follows the published description, whose code was not released: rho =
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgead.errors import DataError
+from edgead.image import read_image
 from edgead.metrics import PixelScores, Region
 
 if TYPE_CHECKING:
@@ -339,6 +341,10 @@ def _mask_problem(item: TestItem, size_px: tuple[int, int]) -> str | None:
     try:
         has_defect = load_mask(item, size_px).any()
     except (DataError, OSError) as error:
+        with contextlib.suppress(DataError):  # imagesize does not turn a PNG or WebP as its EXIF says
+            height, width = read_image(item.path).shape[:2]
+            if (height, width) != size_px:
+                return _mask_problem(item, (height, width))
         return str(error)
     return None if has_defect else f"{item.masks[0]}: this mask is empty, its image {item.path} a defect"
 

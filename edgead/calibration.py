@@ -43,13 +43,15 @@ class MapScale:
         Raises:
             TrainingError: no values, or values that are not finite.
         """
-        values = np.asarray(maps, dtype=np.float64)
+        values = np.asarray(maps)
         if values.size == 0 or not np.isfinite(values).all():
             raise TrainingError(
                 "the calibration maps are empty or hold NaN or infinite values;"
                 " the training diverged or got no images"
             )
-        low, high = np.quantile(values[~_odd(values)], (Q_LOW, Q_HIGH))
+        odd = _odd(values)
+        usual = values[~odd] if odd.any() else values.copy()
+        low, high = np.quantile(usual, np.array([Q_LOW, Q_HIGH]), overwrite_input=True)
         return cls(float(low), float(high))
 
     @property
@@ -62,13 +64,16 @@ class MapScale:
 
 
 def odd_images(*raw: np.ndarray) -> list[int]:
-    """Indices of images that the scale of one of these raw maps [N, ...] leaves out; see `ODD`."""
+    """Indices of images that the scale of one of these raw maps [N, ...] leaves out; see `ODD`.
+
+    None if each of the maps finds others odd and fewer than two would remain: then nothing is usual.
+    """
     odd: np.ndarray = np.logical_or.reduce([_odd(maps) for maps in raw])
-    return [int(index) for index in np.flatnonzero(odd)]
+    return [int(index) for index in np.flatnonzero(odd)] if (~odd).sum() >= 2 else []
 
 
 def _odd(maps: np.ndarray) -> np.ndarray:
-    high = np.quantile(maps.reshape(len(maps), -1), Q_HIGH, axis=1)
+    high = np.array([np.quantile(one, Q_HIGH) for one in maps], np.float64)
     usual = np.median(high)
     return high > ODD * usual if usual > 0 else np.zeros(len(maps), bool)
 

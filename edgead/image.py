@@ -144,7 +144,8 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
     once.
 
     Raises:
-        DataError: the folder, or one below it, does not exist, is not a folder or cannot be read.
+        DataError: the folder, or one below it, does not exist, is not a folder or cannot be read, or a
+            name is not UTF-8: no report or record could hold it.
     """
 
     def refuse(error: OSError) -> None:
@@ -164,6 +165,15 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
             for name in files
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
+    for path in found:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            shown = str(path).encode(errors="backslashreplace").decode()
+            raise DataError(
+                f"{shown}: this name is not UTF-8; rename the files, for example from a Windows archive:"
+                f" convmv -r -f cp1252 -t utf-8 --notest {os.fspath(folder)}"
+            ) from None
     return sorted(found, key=Path.as_posix)  # as text, the same order on every operating system
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from edgead import by_size as module
 from edgead import cli
@@ -429,3 +430,20 @@ def test_memory_is_bounded_on_large_images(tmp_path: Path, tiny_bundle: Path) ->
     assert len(large) == 2
     for one in large:  # 810,000 random pixels: the standard error is below 0.0004
         assert one["au_pro"] == pytest.approx(expected, abs=0.002)
+
+
+def test_a_picture_that_lies_on_its_side(tmp_path: Path) -> None:
+    """PNG with EXIF: images are turned upright, headers are not."""
+    root = spots(tmp_path / "parts")
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:9, 7:11] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(np.full((60, 40, 3), 70, np.uint8)).transpose(Image.Transpose.ROTATE_90)
+    assert picture.size == (60, 40)
+    picture.save(root / "test" / "spot" / "000.png", exif=exif)
+    write_image(root / "ground_truth" / "spot" / "000_mask.png", mask.T)
+    open_pixels(open_dataset(root), SizeConfig())
+    write_image(root / "ground_truth" / "spot" / "000_mask.png", mask[:30])
+    with pytest.raises(DataError, match="the mask is 60 x 30 pixels, its image .* is 40 x 60"):
+        open_pixels(open_dataset(root), SizeConfig())

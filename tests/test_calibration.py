@@ -44,6 +44,15 @@ def test_an_odd_image_among_few_has_no_part_in_the_scale() -> None:
     assert odd_images(np.concatenate([usual, 0.4 * odd])) == []
 
 
+def test_where_each_map_finds_another_image_odd_none_is() -> None:
+    """Of three images or five nothing would be left to choose a threshold from."""
+    maps = np.ones((3, 3, 8, 8)) + np.random.default_rng(0).random((3, 3, 8, 8))
+    for index in range(3):
+        maps[index, index] *= 20
+    assert odd_images(maps[0]) == [0] and odd_images(*maps) == []
+    assert choose_threshold(np.array([0.1, 0.2, 0.3]), odd=odd_images(*maps)).value > 0.3
+
+
 def test_where_most_images_give_zeros_none_is_odd() -> None:
     maps = np.zeros((4, 8, 8))
     maps[1] = 1

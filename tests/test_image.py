@@ -557,3 +557,13 @@ def test_enlarge_refuses() -> None:
     for shape, size in (((4, 4, 1), (8, 8)), ((0, 4), (8, 8)), ((4, 4), (0, 8))):
         with pytest.raises(DataError, match="cannot scale a map of shape"):
             enlarge(np.zeros(shape, np.float32), *size)
+
+
+def test_a_name_that_is_not_utf_8_is_told_of(tmp_path: Path) -> None:
+    """As Linux unpacks an archive of an older Windows."""
+    try:
+        Path(os.fsdecode(bytes(tmp_path) + b"/gr\xfcn.png")).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(DataError, match=r"gr.udcfcn.png: this name is not UTF-8; rename"):
+        list_images(tmp_path)

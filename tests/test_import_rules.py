@@ -42,7 +42,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "detector": (*DEVICE, "judge"),
     "background": ("errors",),
     "metrics": ("errors", "background"),
-    "by_size": ("errors", "metrics", "training.data"),
+    "by_size": ("errors", "image", "metrics", "training.data"),
     "machine": ("errors", "gpu_state"),
     "jetson": (),
     "gpu_state": ("jetson",),

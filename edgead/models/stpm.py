@@ -251,7 +251,8 @@ class Trainer:
     def fit(self, session: Session) -> None:
         """Train the student, and keep it as it was after the epoch with the lowest validation maps."""
         model, config, device = self.model, self.config, session.device
-        learned, held_out = split(len(session.images), config.seed)
+        apart = split(session.whole_images, config.seed)
+        learned, held_out = map(session.views, apart)
         shown = session.shares(learned)
         size = BATCHES[model.teacher.kind]
         per_epoch = math.ceil(len(shown) / size)
@@ -297,7 +298,7 @@ class Trainer:
             "epochs": round(session.step / per_epoch, 2),
             "chosen_step": best["step"],
             "validation_map_mean": best["mean"],
-            "images": {"learned": len(learned), "validation": len(held_out)},
+            "images": {"learned": len(apart[0]), "validation": len(apart[1])},
         }
 
 

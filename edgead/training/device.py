@@ -15,11 +15,14 @@ def pick_device(name: str = "auto") -> torch.device:
     """ "auto" (CUDA when present, else CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        TrainingError: a CUDA device was asked for and this torch sees none.
+        TrainingError: no such name, or a CUDA device was asked for and this torch sees none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TrainingError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
             "--device cuda: this torch sees no CUDA GPU. Check `nvidia-smi` and that torch is a CUDA"

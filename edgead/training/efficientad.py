@@ -229,7 +229,7 @@ class Trainer:
         while (done := session.fraction_done()) < 1:
             index, batch = next(batches)
             optimizer.param_groups[0]["lr"] = config.rate_at(done, session.step)
-            seed = config.seed * 1_000_003 + session.step
+            seed = (config.seed * 1_000_003 + session.step) % 2**63  # as much as torch takes
             losses = _step(model, optimizer, batch, targets[index], session.device, seed=seed)
             session.record(asdict(losses))
             session.keep(lambda: _state(model, optimizer))

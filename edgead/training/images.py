@@ -134,6 +134,10 @@ class Tiles:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
 
+    def of(self, images: np.ndarray) -> np.ndarray:
+        """Indices of all tiles of images of the pool, and of these as a whole."""
+        return (images[:, None] * self.per_image + np.arange(self.per_image)).ravel()
+
     def shares(self, indices: np.ndarray) -> np.ndarray:
         """These indices, those of whole images as often as an image has tiles."""
         return np.repeat(indices, np.where(self.is_whole(indices), len(self.corners), 1))

@@ -73,6 +73,15 @@ class Session:
         """The clock starts here: what was prepared before does not count as training."""
         self._start = self._saved = time.monotonic()
 
+    @property
+    def whole_images(self) -> int:
+        """How many images there are, whatever they were cut into."""
+        return len(self.images.pool if isinstance(self.images, Tiles) else self.images)
+
+    def views(self, wholes: np.ndarray) -> np.ndarray:
+        """Indices of all that shows these of the whole images: they themselves, or their tiles, too."""
+        return self.images.of(wholes) if isinstance(self.images, Tiles) else wholes
+
     def shares(self, indices: np.ndarray) -> np.ndarray:
         """Indices of images as often as an epoch shows them.
 

@@ -33,7 +33,7 @@ from edgead.models.files import save_safetensors
 from edgead.models.tiled import Tiled, frame_of
 from edgead.training.data import Dataset
 from edgead.training.device import pick_device
-from edgead.training.images import Images, Tiles, common_size, iterate_images, store_images
+from edgead.training.images import Images, Tiles, common_size, store_images
 from edgead.training.run import (
     CHECKPOINT_FILE,
     PENALTY_FILE,
@@ -101,9 +101,15 @@ def train(
     if tile is not None:
         model = _tiled(model, dataset, tile, overlap)
     fingerprint = dataset.fingerprint()
-    pool_file = _pool_file(run, dataset, f"{fingerprint} {model.input_px}")
+    state = f"{fingerprint} {model.input_px}"
+    pool_file = _pool_file(run, dataset.root, dataset.train, state)
     images: Images
     images = pool = store_images(dataset.train, pool_file, model.input_px)
+    # All images are read before the training: one that cannot be must not cost it.
+    good = store_images(
+        dataset.validation, _pool_file(run, dataset.root, dataset.validation, state), model.input_px
+    )
+    health = health_of(dataset)
     settings = {**asdict(config), **trainer.settings, "data": fingerprint, "tiling": None}
     if isinstance(model, Tiled):
         images = Tiles(pool, model.corners, model.inner.input_px)
@@ -120,7 +126,6 @@ def train(
     trainer.fit(session)
     seconds = session.seconds()
     model.to(chosen)  # with what a tiled one has around the trained networks
-    good = iterate_images(dataset.validation, model.input_px)
     calibration, threshold = calibrate(model, good, config.false_reject, chosen)
     warn_of_odd(dataset.validation, calibration["odd_images"])
     record = {
@@ -136,7 +141,7 @@ def train(
         },
         "calibration": calibration,
         "threshold": threshold,
-        HEALTH: health_of(dataset).to_dict(),
+        HEALTH: health.to_dict(),
         "made": made(),
     }
     _write(run, model, record)
@@ -159,10 +164,10 @@ def _check_folder(run: Path, *, resume: bool) -> None:
         )
 
 
-def _pool_file(run: Path, dataset: Dataset, fingerprint: str) -> Path:
-    """Where the training images lie at network size; another data set or split, another name."""
-    names = [path.relative_to(dataset.root).as_posix() for path in dataset.train]
-    return run / images_file(hashlib.sha256("\n".join([fingerprint, *names]).encode()).hexdigest()[:16])
+def _pool_file(run: Path, root: Path, paths: Sequence[Path], state: str) -> Path:
+    """Where images lie at network size; another data set, split or size, another name."""
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return run / images_file(hashlib.sha256("\n".join([state, *names]).encode()).hexdigest()[:16])
 
 
 def _write(run: Path, model: AnomalyModel, record: dict[str, Any]) -> None:
@@ -183,11 +188,13 @@ def raw_maps(
         float32 [N, h, w] for each of `model.raw_names`.
     """
     model.eval()
-    answers = []
+    maps: list[list[np.ndarray]] = [[] for _ in model.raw_names]
     for image in images:
         x = torch.from_numpy(image[None]).to(device).permute(0, 3, 1, 2)
-        answers.append([raw[0].cpu().numpy() for raw in model(x)])
-    return tuple(np.stack(maps) for maps in zip(*answers, strict=True))
+        for kept, raw in zip(maps, model(x), strict=True):
+            kept.append(raw[0].cpu().numpy())
+    # One kind after the other, so that not all of them lie twice in memory.
+    return tuple(np.stack(maps.pop(0)) for _ in model.raw_names)
 
 
 def calibrate(
@@ -208,16 +215,17 @@ def calibration_of(
     """`calibrate` for raw maps that are there already, float32 [N, h, w] each."""
     scales = [MapScale.of(maps) for maps in raw]
     constants = graph_constants(*scales)
-    with torch.inference_mode():
-        maps = model.anomaly_map(tuple(map(torch.from_numpy, raw)), torch.from_numpy(constants))
-        scores = model.score(maps).numpy()
+    values = torch.from_numpy(constants)
+    with torch.inference_mode():  # image by image: maps of large frames fill the memory
+        each = zip(*(maps[:, None] for maps in map(torch.from_numpy, raw)), strict=True)
+        scores = [float(model.score(model.anomaly_map(one, values))) for one in each]
     odd = odd_images(*raw)
-    threshold = choose_threshold(scores, odd=odd, false_reject=false_reject)
+    threshold = choose_threshold(np.array(scores), odd=odd, false_reject=false_reject)
     calibration = {
         "values": [float(value) for value in constants],
         "names": [*(f"{name}_scale" for name in model.raw_names), "offset"],
         "quantiles": dict(zip(model.raw_names, map(asdict, scales), strict=True)),
-        "scores": [float(score) for score in scores],
+        "scores": scores,
         "odd_images": odd,
     }
     return calibration, {**asdict(threshold), "claim": threshold.claim}
@@ -231,7 +239,7 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
 
     return {
         "name": dataset.name,
-        "root": str(dataset.root),
+        "root": str(dataset.root.absolute()),
         "layout": dataset.layout,
         "train": names(dataset.train),
         "validation": names(dataset.validation),

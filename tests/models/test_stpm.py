@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgead.errors import TrainingError, WeightsError
 from edgead.image import read_image, resize, resize_matrix
+from edgead.models import stpm
 from edgead.models.files import save_safetensors
 from edgead.models.mobilenet import MobileNetV2
 from edgead.models.resnet import ResNet
@@ -385,6 +386,38 @@ def test_split(count: int, seed: int) -> None:
     assert sorted([*learned, *held_out]) == list(range(count))
     assert len(held_out) == -(-count // 5) and len(learned) >= 1
     assert np.array_equal(learned, split(count, seed)[0])
+
+
+def test_no_tile_of_an_image_that_picks_the_epoch_is_learned(
+    demo_images: Path, mobilenet_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither itself nor its neighbours, which overlap it, nor the whole image."""
+    seen: dict[str, set[int]] = {"learned": set(), "held out": set()}
+    real_better, real_batch = stpm.better, Session.batch
+
+    def note(*arguments: Any) -> Any:
+        session = arguments[4]
+        seen["held out"] |= {int(index) // session.images.per_image for index in arguments[3]}
+        monkeypatch.setattr(Session, "batch", real_batch)
+        found = real_better(*arguments)
+        monkeypatch.setattr(Session, "batch", batch)
+        return found
+
+    def batch(self: Session, chosen: Any) -> Tensor:
+        if len(chosen) > 1:  # one by one the teacher looks at all of them
+            seen["learned"] |= {int(index) // self.images.per_image for index in chosen}
+        return real_batch(self, chosen)
+
+    monkeypatch.setattr(stpm, "better", note)
+    monkeypatch.setattr(Session, "batch", batch)
+    config = StpmConfig(steps=6)
+    record = train(
+        open_dataset(demo_images), tmp_path / "run", config,
+        tile=256, overlap=128, device="cpu", backbone=mobilenet_file,
+    )  # fmt: skip
+    assert record["fit"]["images"] == {"learned": 4, "validation": 1}
+    assert len(seen["learned"]) == 4 and len(seen["held out"]) == 1
+    assert not seen["learned"] & seen["held out"]
 
 
 def test_split_of_mvtec_bottle() -> None:

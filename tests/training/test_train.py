@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgead.errors import TrainingError
+from edgead.errors import DataError, TrainingError
 from edgead.image import read_image, resize
 from edgead.models.files import save_safetensors
 from edgead.models.pdn import PDN
 from edgead.training.data import open_dataset
+from edgead.training.device import pick_device
 from edgead.training.efficientad import TrainConfig, penalty_folder
 from edgead.training.run import read_run
-from edgead.training.train import raw_maps, train
+from edgead.training.train import describe_data, raw_maps, train
 
 
 def test_run_folder_holds_what_it_says(trained_run: Path, demo_images: Path) -> None:
@@ -110,3 +112,60 @@ def test_folders_that_are_no_run(tmp_path: Path, trained_run: Path) -> None:
     (tmp_path / "run.json").write_text('{"config": ')
     with pytest.raises(TrainingError, match="damaged"):
         read_run(tmp_path)
+
+
+def test_an_image_that_cannot_be_read_costs_no_training(
+    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+) -> None:
+    """A validation image is needed after the training only, and its repair makes it another data set."""
+    data = tmp_path / "data"
+    shutil.copytree(demo_images, data)
+    dataset = open_dataset(data)
+    damaged = dataset.validation[0]
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    steps: list[int] = []
+    with pytest.raises(DataError, match=f"{damaged.name}: a JPEG file without its end"):
+        train(
+            dataset, tmp_path / "run", TrainConfig(steps=2), teacher=random_teacher,
+            penalty=natural_images, progress=lambda fraction, step, losses: steps.append(step),
+        )  # fmt: skip
+    assert steps == [] and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_images_are_not_read_after_the_training(
+    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo_images, data)
+    record = train(
+        open_dataset(data), tmp_path / "run", TrainConfig(steps=1), teacher=random_teacher,
+        penalty=natural_images, progress=lambda fraction, step, losses: shutil.rmtree(data),
+    )  # fmt: skip
+    assert record["threshold"]["value"] > 0 and record["input_health"]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"run.json", "detector.safetensors", "losses.csv"}
+
+
+def test_a_relative_data_folder_is_found_from_everywhere(
+    tmp_path: Path, demo_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo_images, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert describe_data(open_dataset(Path("data")))["root"] == str(tmp_path / "data")
+
+
+def test_any_seed_that_the_command_takes(
+    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+) -> None:
+    """Such as a date with the time."""
+    config = TrainConfig(steps=1, seed=20251129061900)
+    record = train(
+        open_dataset(demo_images), tmp_path / "run", config,
+        teacher=random_teacher, penalty=natural_images,
+    )  # fmt: skip
+    assert record["training"]["steps"] == 1
+
+
+def test_a_device_that_does_not_exist() -> None:
+    with pytest.raises(TrainingError, match="--device gpu: expected auto, cpu, cuda or cuda:N"):
+        pick_device("gpu")
