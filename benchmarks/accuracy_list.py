@@ -30,6 +30,7 @@ from edgead.benchmarks.accuracy_table import PUBLISHED
 from edgead.errors import DataError, TrainingError
 from edgead.export.pack import DTYPES
 from edgead.methods import METHODS, configure
+from edgead.runtime import BACKENDS
 
 DEFAULT_SEED = 42
 
@@ -137,6 +138,8 @@ def _job(where: str, values: dict[str, Any], **fixed: Any) -> Job:
             f"{where}: {method}, {precision}: the methods are {', '.join(METHODS)},"
             f" the precisions {', '.join(DTYPES)}"
         )
+    if (backend := own.get("backend", Job.backend)) not in ("auto", *BACKENDS):
+        raise DataError(f"{where}: back end {backend}: choose one of auto, {', '.join(BACKENDS)}")
     try:
         config = configure(method, **values)
     except (TrainingError, TypeError) as error:

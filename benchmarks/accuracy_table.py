@@ -207,7 +207,7 @@ def _series(
         spread = group["figures"][name]
         if spread is None:
             continue
-        extra = [f"{key} {_text(other[key])}" for key in varying]
+        extra = [f"{key} {_text(other[key])}" for key in varying if key in other]
         point = (group["train_s"] / 60, spread["mean"], spread["min"], spread["max"])
         lines.setdefault(", ".join([group["name"], group["method"], *extra]), []).append(point)
     return {label: sorted(points) for label, points in lines.items()}

@@ -10,6 +10,7 @@ raw map, which no scale or offset would rank differently.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 from edgead import metrics
 from edgead.benchmarks.results_file import table, write_results
 from edgead.bundle import Bundle
-from edgead.errors import BundleError, DataError
+from edgead.errors import BundleError, DataError, EdgeADError
 from edgead.image import read_image
 from edgead.judge import Judge
 from edgead.runtime import open_backend
@@ -73,13 +74,23 @@ def measure(bundle: Bundle, dataset: Dataset, backend: str = "auto") -> dict[str
     return result
 
 
-def main() -> None:
+def main() -> int:
+    """Returns 0, or 1 when the bundle or the data set cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bundle", type=Path, metavar="X.edgead")
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = parser.parse_args()
+    try:
+        _run(arguments)
+    except EdgeADError as error:
+        print(f"edgead.benchmarks.branches: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
     bundle, dataset = Bundle.open(arguments.bundle), open_dataset(arguments.data)
     aurocs = measure(bundle, dataset, arguments.backend)
     rows = [[name, *(f"{row[branch]:.4f}" for branch in BRANCHES)] for name, row in aurocs.items()]
@@ -91,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

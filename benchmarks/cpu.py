@@ -92,8 +92,8 @@ def naive(model: EfficientAD) -> Callable[[torch.Tensor], Any]:
         with torch.inference_mode():
             x = normalise(image)
             student = model.student(x)
-            local = (model.teacher_features(x) - student[:, :FEATURES]).square().mean(1)
-            logical = (model.autoencoder(x) - student[:, FEATURES:]).square().mean(1)
+            local = (model.teacher_features(x) - student[:, : model.targets]).square().mean(1)
+            logical = (model.autoencoder(x) - student[:, model.targets :]).square().mean(1)
             return float(anomaly_map(local, logical, torch.tensor([1.0, 1.0, 0.0])).max())
 
     return run
@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
+    if (arguments.bundle is None) != (arguments.run is None):
+        parser.error("--bundle and --run go together: a bundle, and the run that it came from")
     with tempfile.TemporaryDirectory() as folder:
         bundle = arguments.bundle or Path(folder) / "random.edgead"
         model = read_run(arguments.run).model if arguments.bundle else random_bundle(bundle)

@@ -1,6 +1,6 @@
 """What the line costs beside the model, and whether it keeps its promise.
 
-    python -m edgead.benchmarks.line latency --out DIR [--bundle X.edgead --images FOLDER]
+    python -m edgead.benchmarks.line latency --out DIR --bundle X.edgead --images FOLDER
     python -m edgead.benchmarks.line promise --out DIR [--parts 1000000]
     python -m edgead.benchmarks.line kills --out DIR [--count 100]
     python -m edgead.benchmarks.line soak --out DIR [--minutes 60]
@@ -30,7 +30,7 @@ import numpy as np
 from edgead.benchmarks.line_faults import EVERYTHING, KILLS, write_line
 from edgead.benchmarks.results_file import table, write_results
 from edgead.bundle import Bundle
-from edgead.errors import EdgeADError
+from edgead.errors import DataError, EdgeADError
 from edgead.files import write_text
 from edgead.image import list_images, read_image
 from edgead.line.assembly import open_line
@@ -154,6 +154,8 @@ def latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     bundle, set_ms = arguments.bundle, arguments.model_ms
     images = [read_image(path) for path in list_images(arguments.images)[:32]]
+    if not images:
+        raise DataError(f"{arguments.images}: no images in this folder or below it")
     if arguments.stand_in:
         open_model: Open = lambda bundle: StandIn(bundle, set_ms)  # noqa: E731
         what = f"a stand-in that takes {set_ms:g} ms"

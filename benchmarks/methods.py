@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.bundles:
             results |= of_bundles(arguments.bundles, **options)
             rows = results["rows"]
-            header = list(next(iter(rows.values())))
+            header = list(dict.fromkeys(key for row in rows.values() for key in row))
             lines = [(name, *(row.get(key, "") for key in header)) for name, row in rows.items()]
             print(table(("bundle", *header), lines))
         if arguments.protoad:

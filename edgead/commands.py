@@ -125,9 +125,22 @@ def train_with_bar(
         )
 
 
+def _check_target(path: Path) -> None:
+    """Before the work: whether a file can be written there. Makes its folder."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: its folder cannot be made: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{path}: files cannot be written in this folder; name another one")
+
+
 def export(arguments: argparse.Namespace) -> None:
     from edgead.export.pack import export_run
 
+    _check_target(arguments.out)
     with progress_bar("parity", unit="image") as bar:
         parity = export_run(
             arguments.run_folder,
@@ -155,10 +168,16 @@ def recalibrate(arguments: argparse.Namespace) -> None:
     from edgead.recalibrate import recalibrate, undo
 
     if arguments.undo:
+        if arguments.false_reject is not None:
+            raise DataError("--false-reject is for a new calibration: leave out --undo, or it")
+        if arguments.out:
+            _check_target(arguments.out)
         back = undo(arguments.bundle, out=arguments.out)
         written = arguments.out or arguments.bundle
         print(f"{written}: threshold {back.before:.6g} -> {back.after:.6g}; {back.claim}")
         return
+    if arguments.out:
+        _check_target(arguments.out)
     with progress_bar("recalibrate", unit="pass") as bar:
         done = recalibrate(
             arguments.bundle,
@@ -248,22 +267,27 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if how and not arguments.by_size:
         raise DataError("--bins and --thresholds are for figures by size of the defects: add --by-size")
     sizes = SizeConfig(**how) if arguments.by_size else None
+    for target in (arguments.json, arguments.html):
+        if target:
+            _check_target(target)
+    if arguments.html:
+        from edgead.report import check_packages, load_pictures, write_report
+
+        check_packages()
     dataset = open_dataset(arguments.data)
     with load(arguments.bundle, backend=arguments.backend, threads=arguments.threads) as detector:
         with progress_bar("evaluate", unit="image") as bar:
             evaluation = evaluate(detector, dataset, sizes=sizes, progress=counter(bar))
+    print("\n".join(summary(evaluation)), flush=True)
     if arguments.json:
         write_text(arguments.json, evaluation.to_json())
     if arguments.html:
-        from edgead.report import load_pictures, write_report
-
         write_report(
             arguments.html,
             evaluation,
             load_pictures(evaluation, dataset),
             title=f"{evaluation.name}: {evaluation.method}",
         )
-    print("\n".join(summary(evaluation)))
 
 
 def summary(evaluation: Any) -> list[str]:

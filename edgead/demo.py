@@ -9,35 +9,51 @@ import argparse
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from edgead.commands import counter, progress_bar, summary, train_with_bar
+from edgead.errors import DataError
+from edgead.files import write_text
+
+MARKER = ".edgead-demo"
+"""File that says that `data` and `run` beside it are the demo's, and go with the next one."""
 
 
 def demo(arguments: argparse.Namespace) -> None:
     """Render, train, export, inspect, report; see the command's help for the arguments."""
     from edgead.training.demo_data import render_demo
+    from edgead.training.efficientad import TrainConfig
 
     start = time.monotonic()
     data = arguments.only_data or arguments.out / "data"
+    config = TrainConfig(minutes=arguments.minutes, seed=arguments.seed)
     if not arguments.only_data:
-        for old in (data, arguments.out / "run"):  # what an earlier demo left
-            shutil.rmtree(old, ignore_errors=True)
+        _make_room(arguments.out)
     with progress_bar("render", unit="image") as bar:
         render_demo(data, seed=arguments.seed, progress=counter(bar))
     if arguments.only_data:
         print(f"{data}: 120 good training images, 40 good and 66 defective test images with masks")
         return
-    bundle = _train_and_export(data, arguments)
+    bundle = _train_and_export(data, config, arguments)
     _inspect(bundle, data, arguments.out, start)
 
 
-def _train_and_export(data: Path, arguments: argparse.Namespace) -> Path:
+def _make_room(out: Path) -> None:
+    """Removes what an earlier demo left, and nothing else."""
+    old = [path for path in (out / "data", out / "run") if path.exists()]
+    if old and not (out / MARKER).exists():
+        raise DataError(f"{old[0]} exists and is of no demo; name another folder with --out")
+    for path in old:
+        shutil.rmtree(path)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / MARKER, "data and run were made by edgead demo, and are replaced by the next one\n")
+
+
+def _train_and_export(data: Path, config: Any, arguments: argparse.Namespace) -> Path:
     from edgead.export.pack import export_run
     from edgead.training.data import open_dataset
-    from edgead.training.efficientad import TrainConfig
 
     run, bundle = arguments.out / "run", arguments.out / "tray.edgead"
-    config = TrainConfig(minutes=arguments.minutes, seed=arguments.seed)
     record = train_with_bar(open_dataset(data, seed=config.seed), run, config, arguments)
     training, claim = record["training"], record["threshold"]["claim"]
     print(f"trained {training['steps']} steps in {training['seconds']:.0f} s; {claim}")
@@ -54,7 +70,6 @@ def _train_and_export(data: Path, arguments: argparse.Namespace) -> Path:
 def _inspect(bundle: Path, data: Path, out: Path, start: float) -> None:
     from edgead.detector import load
     from edgead.evaluate import evaluate
-    from edgead.files import write_text
     from edgead.report import load_pictures, write_report
     from edgead.training.data import open_dataset
 

@@ -125,7 +125,7 @@ def _replay(arguments: argparse.Namespace) -> int:
             results,
             Path(folder),
             rate_hz=arguments.rate,
-            deadline_ms=arguments.deadline_ms or DEADLINE_MS,
+            deadline_ms=DEADLINE_MS if arguments.deadline_ms is None else arguments.deadline_ms,
             backend=arguments.backend or "auto",
         )
         line, status = run(recipe, opened=lambda recipe: open_line(recipe, sink=open_anew))

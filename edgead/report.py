@@ -157,15 +157,22 @@ def heat_scale(evaluation: Evaluation) -> tuple[float, float]:
     return low, high
 
 
-def _environment() -> Any:
+def check_packages() -> None:
+    """Whether a report can be written; raises EdgeADError."""
     try:
-        import jinja2
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import PIL.Image  # noqa: F401  (a dependency of matplotlib)
     except ImportError as error:
         raise EdgeADError(
             f'writing a report needs the Python package {error.name}: pip install "edgead[report]"'
         ) from error
+
+
+def _environment() -> Any:
+    check_packages()
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

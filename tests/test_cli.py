@@ -109,6 +109,13 @@ def test_predict_goes_on_after_a_bad_file_and_fails_at_the_end(
         ),
         (["distill", "EMPTY", "--backbone", "b", "--out", "t", "--steps", "0"], "at least 1"),
         (["demo", "--only-data", "EMPTY/.."], "not an empty folder"),
+        (["export", "EMPTY", "--out", "EMPTY"], "EMPTY is a folder; name a file"),
+        (["evaluate", "BUNDLE", "EMPTY", "--json", "BUNDLE/x.json"], "its folder cannot be made"),
+        (["evaluate", "BUNDLE", "EMPTY", "--html", "EMPTY"], "EMPTY is a folder; name a file"),
+        (["recalibrate", "BUNDLE", "--undo", "--false-reject", "0.1"], "for a new calibration"),
+        (["recalibrate", "BUNDLE", "--undo", "--out", "EMPTY"], "EMPTY is a folder; name a file"),
+        (["train", "EMPTY", "--out", "run", "--minutes", "nan"], "more than 0 minutes"),
+        (["train", "EMPTY", "--out", "run", "--learning-rate", "-1"], "a number above 0 is needed"),
     ],
 )
 def test_errors_are_one_line_and_say_what_is_wrong(
@@ -127,6 +134,27 @@ def test_errors_are_one_line_and_say_what_is_wrong(
     assert status == 1 and err.startswith(f"edgead {arguments[0]}: error: ") and message in err
     assert err.count("\n") == 1 and err.endswith("\n")
     assert (tmp_path / "BUNDLE").read_bytes() == before
+
+
+def test_names_that_a_terminal_cannot_show(
+    tmp_path: Path, trained_bundle: Path, demo_images: Path
+) -> None:
+    """The images after it get their verdicts."""
+    first, *_ = list_images(demo_images)
+    strange, usual = tmp_path / "gepr\u00fcft.jpg", tmp_path / "z.jpg"
+    for path in (strange, usual):
+        shutil.copy(first, path)
+    command = [sys.executable, "-m", "edgead", "predict", trained_bundle, strange, usual]
+    done = subprocess.run(
+        [*map(str, command), "--backend", "onnxruntime"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "gepr\\xfcft.jpg" in lines[0] and lines[1].endswith("z.jpg")
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgead.cli import main
+from edgead.demo import MARKER
 from edgead.training import demo_data
 
 
@@ -30,6 +31,24 @@ def test_demo_twice_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert results["images"] == 9 and results["name"] == "tray"
     assert "scratch" in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "tray.edgead").is_file()
+
+
+def test_what_is_not_of_a_demo_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "data" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert f"{mine.parent} exists and is of no demo" in capsys.readouterr().err
+    assert mine.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_wrong_number_costs_no_earlier_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / MARKER).touch()
+    assert main(["demo", "--out", str(tmp_path), "--minutes", "nan"]) == 1
+    assert "more than 0 minutes" in capsys.readouterr().err and (tmp_path / "run").is_dir()
 
 
 def test_only_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

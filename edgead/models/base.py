@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -73,7 +74,7 @@ def check_length(steps: int | None, minutes: float | None) -> None:
     Raises:
         TrainingError: less than one step, or no time at all.
     """
-    if (steps is not None and steps < 1) or (minutes is not None and minutes <= 0):
+    if (steps is not None and steps < 1) or (minutes is not None and not 0 < minutes < math.inf):
         raise TrainingError(
             f"--steps {steps} / --minutes {minutes}: need at least one step, or more than 0 minutes"
         )

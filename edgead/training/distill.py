@@ -98,8 +98,10 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
             raise TrainingError(f"--steps {self.steps}, --batch {self.batch}: both must be at least 1")
-        if self.minutes is not None and self.minutes <= 0:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise TrainingError(f"--minutes {self.minutes}: must be above 0")
+        if not 0 < self.rate < math.inf:
+            raise TrainingError(f"--learning-rate {self.rate}: a number above 0 is needed")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise TrainingError(
                 f"--crop {self.crop[0]} {self.crop[1]}: expected 0 < smallest <= largest <= 1"

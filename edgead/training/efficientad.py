@@ -11,6 +11,7 @@ choices that an uninterrupted one would have made.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,9 @@ class TrainConfig:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 0.02 if self.optimizer == "muon" else 1e-4)
         check_length(self.steps, self.minutes)
+        assert self.learning_rate is not None
+        if not 0 < self.learning_rate < math.inf:
+            raise TrainingError(f"--learning-rate {self.learning_rate}: a number above 0 is needed")
         if self.targets is not None and not 1 <= self.targets <= FEATURES:
             raise TrainingError(
                 f"--targets {self.targets}: a number of directions from 1 to {FEATURES} is needed,"

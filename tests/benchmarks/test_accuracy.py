@@ -25,6 +25,7 @@ from edgead.evaluate import evaluate
 from edgead.training.data import open_dataset
 
 LISTS = Path(accuracy.__file__).parent / "lists"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TINY = """
 [defaults]
 steps = 2
@@ -437,3 +438,10 @@ def test_options_that_make_no_sense_are_refused(
             accuracy.main([*arguments, *extra])
     assert accuracy.main([*arguments, "--data", "."]) == 1
     assert "cannot read this list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("accuracy_*.json")), ids=lambda file: file.stem)
+def test_each_record_that_comes_with_it_can_be_drawn(file: Path) -> None:
+    """Also that of methods whose settings have different names."""
+    results = json.loads(file.read_text())["results"]
+    assert accuracy_table._series(results, "image_auroc")

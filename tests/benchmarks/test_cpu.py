@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgead.benchmarks import cpu
+from edgead.bundle import Bundle
 
 
 def test_cpu_benchmark(
@@ -38,3 +40,21 @@ def test_cpu_benchmark(
 
 
 START_UP = cpu.start_up
+
+
+def test_the_naive_form_of_a_reduced_target_space(tmp_path: Path) -> None:
+    """As `edgead train` makes it by itself; its score is that of the reference."""
+    model = cpu.random_bundle(tmp_path / "x.edgead", targets=32)
+    golden = Bundle.open(tmp_path / "x.edgead").golden()
+    image = torch.from_numpy(golden.images).permute(0, 3, 1, 2)
+    assert cpu.naive(model)(image) == pytest.approx(float(golden.scores[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("option", ["--bundle", "--run"])
+def test_a_bundle_needs_its_run(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cpu", option, "x"])
+    with pytest.raises(SystemExit):
+        cpu.main()
+    assert "--bundle and --run go together" in capsys.readouterr().err

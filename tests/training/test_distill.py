@@ -248,6 +248,8 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path, random_backbone: Pa
     [
         ({"steps": 0}, "--steps 0"),
         ({"minutes": 0.0}, "--minutes 0"),
+        ({"minutes": float("nan")}, "--minutes nan"),
+        ({"learning_rate": -1.0}, "--learning-rate -1"),
         ({"crop": (0.9, 0.5)}, "--crop 0.9 0.5"),
         ({"crop": (0.5, 1.2)}, "--crop 0.5 1.2"),
         ({"whiten": 1.5}, "--whiten 1.5"),
