@@ -13,7 +13,6 @@ from typing import Any
 
 from edgead.commands import counter, progress_bar, summary, train_with_bar
 from edgead.errors import DataError
-from edgead.files import write_text
 
 MARKER = ".edgead-demo"
 """File that says that `data` and `run` beside it are the demo's, and go with the next one."""
@@ -40,6 +39,8 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def _make_room(out: Path) -> None:
     """Removes what an earlier demo left, and nothing else."""
+    from edgead.files import write_text
+
     old = [path for path in (out / "data", out / "run") if path.exists()]
     if old and not (out / MARKER).exists():
         raise DataError(f"{old[0]} exists and is of no demo; name another folder with --out")
@@ -70,6 +71,7 @@ def _train_and_export(data: Path, config: Any, arguments: argparse.Namespace) ->
 def _inspect(bundle: Path, data: Path, out: Path, start: float) -> None:
     from edgead.detector import load
     from edgead.evaluate import evaluate
+    from edgead.files import write_text
     from edgead.report import load_pictures, write_report
     from edgead.training.data import open_dataset
 
