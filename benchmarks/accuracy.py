@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         return _run(arguments)
-    except EdgeADError as error:
+    except (EdgeADError, OSError) as error:
         print(f"edgead.benchmarks.accuracy: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -84,7 +84,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         _run(arguments)
-    except EdgeADError as error:
+    except (EdgeADError, OSError) as error:
         print(f"edgead.benchmarks.branches: error: {error}", file=sys.stderr)
         return 1
     return 0

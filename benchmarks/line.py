@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = {"latency": latency, "promise": promise, "kills": kills, "soak": soak}[arguments.what]
     try:
         results, page = what(arguments)
-    except EdgeADError as error:
+    except (EdgeADError, OSError) as error:
         print(f"edgead.benchmarks.line: error: {error}", file=sys.stderr)
         return 1
     name = f"line_{arguments.what}"

@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results["protoad"] = of_protoad(arguments.kind, **options)
             results["finch"] = of_finch(rounds=3)
             print(results["protoad"], results["finch"], sep="\n")
-    except EdgeADError as error:
+    except (EdgeADError, OSError) as error:
         print(f"edgead.benchmarks.methods: error: {error}", file=sys.stderr)
         return 1
     if arguments.out:

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         _run(arguments)
-    except EdgeADError as error:
+    except (EdgeADError, OSError) as error:
         print(f"edgead.benchmarks.teachers: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

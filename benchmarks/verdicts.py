@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         _run(arguments)
-    except EdgeADError as error:
+    except (EdgeADError, OSError) as error:
         print(f"edgead.benchmarks.verdicts: error: {error}", file=sys.stderr)
         return 1
     return 0

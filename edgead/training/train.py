@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
+import edgead
 from edgead.calibration import (
     MapScale,
     check_rate,
@@ -264,10 +265,8 @@ def device_name(device: torch.device) -> str:
 
 def made() -> dict[str, Any]:
     """Provenance of a run: when, by which versions, from which commit."""
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("edgead", "torch", "numpy", "opencv-python-headless")
-    }
+    modules = {"edgead": edgead, "torch": torch, "numpy": np, "opencv": cv2}  # of whichever distribution
+    versions = {name: str(module.__version__) for name, module in modules.items()}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "utc": when,
