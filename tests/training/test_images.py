@@ -140,7 +140,8 @@ def test_training_leaves_no_pools_behind_and_clears_older_ones(
         open_dataset(demo_images, seed=42), run, TrainConfig(steps=1),
         teacher=random_teacher, penalty=natural_images, progress=look,
     )  # fmt: skip
-    assert len([name for name in seen if name.startswith("images-")]) == 2 and "penalty.bin" in seen
+    pools = [name for name in seen if name.startswith("images-")]  # older, training, validation
+    assert len(pools) == 3 and "penalty.bin" in seen
     assert {path.name for path in run.iterdir()} == {"run.json", "detector.safetensors", "losses.csv"}
 
 
