@@ -22,22 +22,15 @@ from typing import Any
 
 from edgead.benchmarks import accuracy_job, accuracy_table, accuracy_workers
 from edgead.benchmarks.accuracy_list import read_list
+from edgead.benchmarks.command import exit_status
 from edgead.benchmarks.results_file import write_results
-from edgead.errors import EdgeADError
 from edgead.files import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when each job of the list has a result, 1 when one failed or the list is wrong."""
     arguments = _parse(argv)
-    try:
-        return _run(arguments)
-    except (EdgeADError, OSError) as error:
-        print(f"edgead.benchmarks.accuracy: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with it", file=sys.stderr)
-        return 130
+    return exit_status("accuracy", lambda: _run(arguments), resumes=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from edgead import metrics
+from edgead.benchmarks.command import exit_status
 from edgead.benchmarks.results_file import table, write_results
 from edgead.bundle import Bundle
-from edgead.errors import BundleError, DataError, EdgeADError
+from edgead.errors import BundleError, DataError
 from edgead.image import read_image
 from edgead.judge import Judge
 from edgead.runtime import open_backend
@@ -82,12 +83,7 @@ def main() -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = parser.parse_args()
-    try:
-        _run(arguments)
-    except (EdgeADError, OSError) as error:
-        print(f"edgead.benchmarks.branches: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status("branches", lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:

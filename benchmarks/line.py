@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from edgead.benchmarks.command import exit_status
 from edgead.benchmarks.line_faults import EVERYTHING, KILLS, write_line
 from edgead.benchmarks.results_file import table, write_results
 from edgead.bundle import Bundle
-from edgead.errors import DataError, EdgeADError
+from edgead.errors import DataError
 from edgead.files import write_text
 from edgead.image import list_images, read_image
 from edgead.line.assembly import open_line
@@ -292,12 +293,12 @@ def _promise_page(report: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if what was promised was kept."""
     arguments = _parse(argv)
+    return exit_status("line", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     what = {"latency": latency, "promise": promise, "kills": kills, "soak": soak}[arguments.what]
-    try:
-        results, page = what(arguments)
-    except (EdgeADError, OSError) as error:
-        print(f"edgead.benchmarks.line: error: {error}", file=sys.stderr)
-        return 1
+    results, page = what(arguments)
     name = f"line_{arguments.what}"
     write_results(arguments.out / f"{name}.json", name, results)
     write_text(arguments.out / f"{name}.md", page + "\n")

@@ -24,12 +24,13 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 
+from edgead.benchmarks.command import exit_status
 from edgead.benchmarks.cpu import START
 from edgead.benchmarks.reduced import ENGINE_TARGET, engine_mib, inference
 from edgead.benchmarks.results_file import fresh_process, table, write_results
 from edgead.benchmarks.timing import interleave
 from edgead.bundle import Bundle
-from edgead.errors import BundleError, EdgeADError
+from edgead.errors import BundleError
 from edgead.export.graph import MergedGraph
 from edgead.export.to_onnx import to_onnx
 from edgead.models.maps import as_weight, both_axes
@@ -169,26 +170,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not (arguments.bundles or arguments.protoad):
         parser.error("name bundles, or --protoad")
+    return exit_status("methods", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     results: dict[str, Any] = {"threads": arguments.threads}
     options = {"threads": arguments.threads, "rounds": arguments.rounds}
-    try:
-        if arguments.bundles:
-            results |= of_bundles(arguments.bundles, **options)
-            rows = results["rows"]
-            header = list(dict.fromkeys(key for row in rows.values() for key in row))
-            lines = [(name, *(row.get(key, "") for key in header)) for name, row in rows.items()]
-            print(table(("bundle", *header), lines))
-        if arguments.protoad:
-            results["protoad"] = of_protoad(arguments.kind, **options)
-            results["finch"] = of_finch(rounds=3)
-            print(results["protoad"], results["finch"], sep="\n")
-    except (EdgeADError, OSError) as error:
-        print(f"edgead.benchmarks.methods: error: {error}", file=sys.stderr)
-        return 1
+    if arguments.bundles:
+        results |= of_bundles(arguments.bundles, **options)
+        rows = results["rows"]
+        header = list(dict.fromkeys(key for row in rows.values() for key in row))
+        lines = [(name, *(row.get(key, "") for key in header)) for name, row in rows.items()]
+        print(table(("bundle", *header), lines))
+    if arguments.protoad:
+        results["protoad"] = of_protoad(arguments.kind, **options)
+        results["finch"] = of_finch(rounds=3)
+        print(results["protoad"], results["finch"], sep="\n")
     if arguments.out:
         write_results(arguments.out, "methods", results)
-    return 0
 
 
 if __name__ == "__main__":

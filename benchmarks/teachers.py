@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from edgead.benchmarks.accuracy_list import read_toml
+from edgead.benchmarks.command import exit_status
 from edgead.benchmarks.results_file import table, write_results
-from edgead.errors import DataError, EdgeADError, TrainingError
+from edgead.errors import DataError, TrainingError
 from edgead.files import write_text
 from edgead.models.files import load_directions, load_teacher, read_state_dict
 from edgead.training.distill import DistillConfig, as_text, distill, recipe
@@ -78,15 +79,7 @@ def is_made(file: Path, config: DistillConfig, source: Source) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when all teachers are made, else 1."""
     arguments = _parse(argv)
-    try:
-        _run(arguments)
-    except (EdgeADError, OSError) as error:
-        print(f"edgead.benchmarks.teachers: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with it", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("teachers", lambda: _run(arguments), resumes=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgead.benchmarks.command import exit_status
 from edgead.benchmarks.results_file import table, write_results
 from edgead.bundle import Bundle
 from edgead.by_size import BINS, LIMITS, BySize, SizeConfig, remarks
@@ -59,12 +60,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when all bundles have figures, else 1."""
     arguments = _parse(argv)
-    try:
-        _run(arguments)
-    except (EdgeADError, OSError) as error:
-        print(f"edgead.benchmarks.{NAME}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(NAME, lambda: _run(arguments))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from edgead.benchmarks.command import exit_status
 from edgead.benchmarks.results_file import write_results
 from edgead.detector import load
-from edgead.errors import DataError, EdgeADError
+from edgead.errors import DataError
 from edgead.image import read_image
 from edgead.metrics import image_auroc
 from edgead.result import Result
@@ -69,12 +70,7 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict[s
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 when a bundle or the data set cannot be read."""
     arguments = _parse(argv)
-    try:
-        _run(arguments)
-    except (EdgeADError, OSError) as error:
-        print(f"edgead.benchmarks.verdicts: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status("verdicts", lambda: _run(arguments))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

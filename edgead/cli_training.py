@@ -181,7 +181,7 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 to 2^63 - 1")
     return int(text)
 
 

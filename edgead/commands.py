@@ -167,17 +167,15 @@ def export(arguments: argparse.Namespace) -> None:
 def recalibrate(arguments: argparse.Namespace) -> None:
     from edgead.recalibrate import recalibrate, undo
 
+    if arguments.undo and arguments.false_reject is not None:
+        raise DataError("--false-reject is for a new calibration: leave out --undo, or it")
+    if arguments.out:
+        _check_target(arguments.out)
     if arguments.undo:
-        if arguments.false_reject is not None:
-            raise DataError("--false-reject is for a new calibration: leave out --undo, or it")
-        if arguments.out:
-            _check_target(arguments.out)
         back = undo(arguments.bundle, out=arguments.out)
         written = arguments.out or arguments.bundle
         print(f"{written}: threshold {back.before:.6g} -> {back.after:.6g}; {back.claim}")
         return
-    if arguments.out:
-        _check_target(arguments.out)
     with progress_bar("recalibrate", unit="pass") as bar:
         done = recalibrate(
             arguments.bundle,

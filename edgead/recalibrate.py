@@ -78,7 +78,9 @@ def recalibrate(
         raise DataError(f"{path}: recalibration needs images of good parts, and there are none")
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    rate = manifest.threshold.target_false_reject_rate or 0.01 if false_reject is None else false_reject
+    rate = false_reject
+    if rate is None:
+        rate = manifest.threshold.target_false_reject_rate or 0.01
     calibration.check_rate(rate)  # before the passes over all images
     with closing(open_backend(bundle, backend, threads=threads)) as runner:
         answers = replay(runner, bundle)

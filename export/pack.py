@@ -109,18 +109,17 @@ def export_run(
 
 def _images(record: dict[str, Any], root: Path) -> list[Path]:
     """The validation and test images of a run, for the parity gate; test images may have gone."""
-    validation = [root / path for path in record["data"]["validation"]]
-    test = [root / path for path in record["data"]["test"]]
-    images = [*validation, *test]
-    missing = [path for path in images if not path.is_file()]
-    said = missing and (
-        f"{len(missing)} of the run's {len(images)} images are gone, the first is {missing[0]}"
-    )
-    if set(missing) & set(validation) or len(missing) == len(test) > 0:
+    parts = [[root / path for path in record["data"][part]] for part in ("validation", "test")]
+    validation, test = ([path for path in part if path.is_file()] for part in parts)
+    images, found = sum(parts, []), [*validation, *test]
+    if len(found) == len(images):
+        return found
+    first = next(path for path in images if not path.is_file())
+    said = f"{len(images) - len(found)} of the run's {len(images)} images are gone, the first is {first}"
+    if len(validation) < len(parts[0]) or not test:
         raise ExportError(f"{said}: the parity gate needs them")
-    if missing:
-        log.warning("%s: the parity gate goes without", said)
-    return [path for path in images if path not in missing]
+    log.warning("%s: the parity gate goes without", said)
+    return found
 
 
 def _reduced(

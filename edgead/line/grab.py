@@ -44,8 +44,7 @@ def grab(
         except Exception as error:
             if is_given_up():
                 return
-            said = error if isinstance(error, LineError) else repr(error)
-            camera.failure = f"camera {camera.name}: {said}"
+            camera.failure = f"camera {camera.name}: {_said(error)}"
             logger.error("%s", camera.failure, exc_info=not isinstance(error, LineError))
         camera.shots = None
         if camera.reopen is None:
@@ -57,8 +56,11 @@ def grab(
                 put(camera.reopen())
                 break
             except Exception as error:
-                said = error if isinstance(error, LineError) else repr(error)
-                logger.error("camera %s: cannot be opened again: %s", camera.name, said)
+                logger.error("camera %s: cannot be opened again: %s", camera.name, _said(error))
     if stopping.is_set():
         camera.source.close()  # which may have been opened after the line had closed all of them
     camera.has_ended = True
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, LineError) else repr(error)

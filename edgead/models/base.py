@@ -68,6 +68,12 @@ class AnomalyModel(nn.Module):
         return maps.amax(dim=(1, 2))
 
 
+def check_learning_rate(rate: float | None) -> None:
+    """For settings whose rate may be left open (None). Raises TrainingError unless it is above 0."""
+    if rate is not None and not 0 < rate < math.inf:
+        raise TrainingError(f"--learning-rate {rate}: a number above 0 is needed")
+
+
 def check_length(steps: int | None, minutes: float | None) -> None:
     """For the settings of methods that train in steps.
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from edgead.errors import TrainingError
 from edgead.models import vit
-from edgead.models.base import AnomalyModel, check_length
+from edgead.models.base import AnomalyModel, check_learning_rate, check_length
 from edgead.models.files import WeightsInfo, read_state_dict
 from edgead.models.folding import set_precision
 from edgead.models.maps import as_weight, bilinear_matrix, both_axes
@@ -99,8 +99,7 @@ class FbftConfig:
 
     def __post_init__(self) -> None:
         check_length(self.steps, self.minutes)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise TrainingError(f"--learning-rate {self.learning_rate}: a number above 0 is needed")
+        check_learning_rate(self.learning_rate)
 
 
 class Transfer(nn.Module):

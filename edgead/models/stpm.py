@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from edgead.errors import TrainingError
-from edgead.models.base import AnomalyModel, check_length
+from edgead.models.base import AnomalyModel, check_learning_rate, check_length
 from edgead.models.remembered import Remembered
 from edgead.models.taps import PDN_TAPS, Backbone
 
@@ -82,8 +82,7 @@ class StpmConfig:
 
     def __post_init__(self) -> None:
         check_length(self.steps, self.minutes)
-        if not 0 < self.learning_rate < math.inf:
-            raise TrainingError(f"--learning-rate {self.learning_rate}: a number above 0 is needed")
+        check_learning_rate(self.learning_rate)
 
     @property
     def method(self) -> str:

@@ -160,6 +160,15 @@ def _check_tensors(
         )
 
 
+def check_calibration(values: np.ndarray, expected: TensorSpec) -> None:
+    """Checks the argument of `Slot.calibrate`; raises BackendError."""
+    if values.dtype != expected.dtype or values.shape != expected.shape:
+        raise BackendError(
+            f"calibrate: got {values.dtype} {list(values.shape)}, expected {expected.dtype} "
+            f"{list(expected.shape)}"
+        )
+
+
 def check_inputs(inputs: Mapping[str, np.ndarray], expected: Mapping[str, TensorSpec]) -> int:
     """Checks the arguments of `infer` and returns the batch size; raises BackendError."""
     if inputs.keys() != expected.keys():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edgead.errors import BackendError
-from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE, Backend
+from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE, Backend, check_calibration
 
 
 class HostSlot:
@@ -51,9 +51,7 @@ class HostSlot:
 
     def calibrate(self, values: np.ndarray) -> None:
         """See `Slot.calibrate`."""
-        spec = self._backend.inputs[CALIBRATION]
-        if values.dtype != spec.dtype or values.shape != spec.shape:
-            raise BackendError(f"calibrate: got {values.dtype} {list(values.shape)}, expected {spec}")
+        check_calibration(values, self._backend.inputs[CALIBRATION])
         self._calibration = values.copy()
 
     def launch(self, count: int = 1) -> None:

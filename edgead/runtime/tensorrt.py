@@ -29,6 +29,7 @@ from edgead.runtime.backend import (
     IMAGE,
     SCORE,
     TensorSpec,
+    check_calibration,
     check_graph,
     check_inputs,
     expected_specs,
@@ -191,9 +192,7 @@ class TensorRTSlot:
     def calibrate(self, values: np.ndarray) -> None:
         """See `Slot.calibrate`. Copies only when the values change."""
         self._check_open("calibrate")
-        spec = self._backend.inputs[CALIBRATION]
-        if values.dtype != spec.dtype or values.shape != spec.shape:
-            raise BackendError(f"calibrate: got {values.dtype} {list(values.shape)}, expected {spec}")
+        check_calibration(values, self._backend.inputs[CALIBRATION])
         if np.array_equal(values, self._calibration):
             return
         before = self._calibration.copy()

@@ -16,7 +16,14 @@ import torch
 
 from edgead.errors import BackendError
 from edgead.manifest import Manifest
-from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE
+from edgead.runtime.backend import (
+    ANOMALY_MAP,
+    CALIBRATION,
+    IMAGE,
+    SCORE,
+    TensorSpec,
+    check_calibration,
+)
 from edgead.runtime.onnx_torch import Program
 
 BUILDING = threading.Lock()  # one capture at a time in a process, and cuDNN's flags belong to it, too
@@ -102,11 +109,7 @@ class TorchSlot:
     def calibrate(self, values: np.ndarray) -> None:
         """See `Slot.calibrate`; copies to the device only when the values change."""
         self._opened("calibrate")
-        if values.dtype != np.float32 or values.shape != self._values.shape:
-            raise BackendError(
-                f"calibrate: got {values.dtype} {list(values.shape)}, expected float32 "
-                f"{list(self._values.shape)}"
-            )
+        check_calibration(values, TensorSpec(CALIBRATION, "float32", self._values.shape))
         if np.array_equal(values, self._values):
             return
         copied = values.copy()

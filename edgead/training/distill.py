@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgead.errors import DataError, TrainingError
+from edgead.models.base import check_learning_rate
 from edgead.models.files import save_safetensors
 from edgead.models.folding import IMAGENET_MEAN, IMAGENET_STD
 from edgead.models.pdn import FEATURES, PDN, Size
@@ -100,8 +101,7 @@ class DistillConfig:
             raise TrainingError(f"--steps {self.steps}, --batch {self.batch}: both must be at least 1")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise TrainingError(f"--minutes {self.minutes}: must be above 0")
-        if not 0 < self.rate < math.inf:
-            raise TrainingError(f"--learning-rate {self.rate}: a number above 0 is needed")
+        check_learning_rate(self.learning_rate)
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise TrainingError(
                 f"--crop {self.crop[0]} {self.crop[1]}: expected 0 < smallest <= largest <= 1"

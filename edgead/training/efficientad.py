@@ -11,7 +11,6 @@ choices that an uninterrupted one would have made.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgead.errors import TrainingError
-from edgead.models.base import check_length
+from edgead.models.base import check_learning_rate, check_length
 from edgead.models.efficientad import Border, EfficientAD
 from edgead.models.files import load_directions, load_teacher, shipped_teacher
 from edgead.models.pdn import FEATURES, PDN, Size
@@ -90,9 +89,7 @@ class TrainConfig:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 0.02 if self.optimizer == "muon" else 1e-4)
         check_length(self.steps, self.minutes)
-        assert self.learning_rate is not None
-        if not 0 < self.learning_rate < math.inf:
-            raise TrainingError(f"--learning-rate {self.learning_rate}: a number above 0 is needed")
+        check_learning_rate(self.learning_rate)
         if self.targets is not None and not 1 <= self.targets <= FEATURES:
             raise TrainingError(
                 f"--targets {self.targets}: a number of directions from 1 to {FEATURES} is needed,"

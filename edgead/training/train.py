@@ -102,14 +102,13 @@ def train(
     if tile is not None:
         model = _tiled(model, dataset, tile, overlap)
     fingerprint = dataset.fingerprint()
-    state = f"{fingerprint} {model.input_px}"
-    pool_file = _pool_file(run, dataset.root, dataset.train, state)
-    images: Images
-    images = pool = store_images(dataset.train, pool_file, model.input_px)
     # All images are read before the training: one that cannot be must not cost it.
-    good = store_images(
-        dataset.validation, _pool_file(run, dataset.root, dataset.validation, state), model.input_px
+    state, size_px = f"{fingerprint} {model.input_px}", model.input_px
+    pool, good = (
+        store_images(paths, _pool_file(run, dataset.root, paths, state), size_px)
+        for paths in (dataset.train, dataset.validation)
     )
+    images: Images = pool
     health = health_of(dataset)
     settings = {**asdict(config), **trainer.settings, "data": fingerprint, "tiling": None}
     if isinstance(model, Tiled):

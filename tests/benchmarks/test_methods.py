@@ -46,3 +46,7 @@ def test_wrong_use(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([str(tiny_bundle), str(tmp_path / tiny_bundle.name)]) == 1
     assert "have the same file name" in capsys.readouterr().err
     assert main([str(tmp_path / "gone.edgead")]) == 1
+    capsys.readouterr()
+    assert main([str(tiny_bundle), "--rounds", "1", "--out", str(tiny_bundle / "x.json")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("edgead.benchmarks.methods: error: ") and message.count("\n") == 1

@@ -106,8 +106,11 @@ class Bench:
         return [record["verdict"] for record in self.records(count)]
 
 
+Start = Callable[..., Bench]  # of the fixture `bench`
+
+
 @pytest.fixture
-def bench(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+def bench(tiny_bundle: Path, tmp_path: Path) -> Iterator[Start]:
     """Function that starts a line with told sources.
 
     Arguments: `cameras` {name: fields of CameraConfig}; `model_ms` of the stand-in model, or

@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from tests.line.conftest import (
     BAD,
     GOOD,
     Bench,
+    Start,
     Stuck,
     camera_state,
     gated,
     image,
     wait_for,
 )
-
-Start = Callable[..., Bench]
 
 
 def test_times_are_right_after_the_clock_was_set(bench: Start, monkeypatch: pytest.MonkeyPatch) -> None:

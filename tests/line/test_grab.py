@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from edgead.errors import LineError
 from edgead.line import grab
 from tests.line.conftest import (
     BAD,
-    Bench,
+    Start,
     ToldSource,
     image,
     wait_for,
 )
-
-Start = Callable[..., Bench]
 
 
 def test_a_source_that_fails_is_opened_again(bench: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,14 @@ from edgead.runtime.backend import Backend, Slot
 from tests.line.conftest import (
     BAD,
     GOOD,
-    Bench,
     Moody,
+    Start,
     Stuck,
     camera_state,
     gated,
     image,
     wait_for,
 )
-
-Start = Callable[..., Bench]
 
 
 def test_each_image_is_a_part_with_its_verdict(bench: Start) -> None:
