@@ -11,6 +11,10 @@ from edgead.bundle import Bundle
 from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE, Backend
 
 TOLERANCE = 0.05  # of the scale of the scores; bfloat16 rounding was measured at 0.007
+ROUNDING = 0.01
+"""A score that deviates by less, of the spread of the golden scores, may end on the other side of the
+threshold. An export's gate grants FP16 as much, and keeps no sample so near; a threshold that is chosen
+later may fall right beside one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Replay:
         map_deviation: Largest absolute deviation of a map value; infinite if one is not finite.
         margin: Smallest distance of a golden score from the threshold: deviations below it cannot flip a
             verdict.
-        flips: Samples with another verdict at the threshold of the manifest.
+        flips: Samples with another verdict at the threshold of the manifest, by more than rounding.
         tolerance: Deviations above it are a fault and no rounding: 5 % of the spread of the golden
             scores or of the threshold, whichever is larger.
     """
@@ -77,15 +81,15 @@ def replay(backend: Backend, bundle: Bundle) -> Replay:
     spread = float(np.ptp(reference))
     relative = score_deviation / spread if spread else math.inf
     expected, got = reference >= threshold, scores >= threshold
+    rounded = np.abs(scores - reference) <= ROUNDING * (spread or abs(threshold))
+    flipped = (expected != got) & ~rounded
     return Replay(
         images=len(scores),
         score_deviation=score_deviation,
         relative_score_deviation=relative if score_deviation else 0.0,
         map_deviation=map_deviation,
         margin=float(np.abs(reference - threshold).min()),
-        flips=tuple(
-            Flip(int(i), bool(expected[i]), bool(got[i])) for i in np.flatnonzero(expected != got)
-        ),
+        flips=tuple(Flip(int(i), bool(expected[i]), bool(got[i])) for i in np.flatnonzero(flipped)),
         tolerance=TOLERANCE * max(spread, abs(threshold)),
     )
 

@@ -406,6 +406,25 @@ def test_replay_compares_with_the_threshold_as_the_detector_does(tiny: Any, tmp_
     )
     threshold = Threshold(value=np.nextafter(score, 1.0), basis="x")
     bundle = Bundle.open(tiny.write(tmp_path / "edge.edgead", golden=golden, threshold=threshold))
-    # A wrong rounding makes the golden score anomalous, and a score one float32 step below it a flip.
-    below = float(np.nextafter(np.float32(score), np.float32(0)))
-    assert replay(Constant(below, 0.0), bundle).flips == ()  # type: ignore[arg-type]
+    # A wrong rounding makes the golden score anomalous, and every good score a flip.
+    assert replay(Constant(score / 2, 0.0), bundle).flips == ()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("off", "flips"), [(0.009, 0), (0.011, 1)])
+def test_a_threshold_beside_a_golden_score_forgives_rounding_and_no_more(
+    tiny: Any, tmp_path: Path, off: float, flips: int
+) -> None:
+    """As `set_threshold` and `recalibrate` may put it. Spread of the golden scores: 1."""
+    scores = np.array([0.0, 0.5, 1.0], np.float32)
+    golden = Golden(tiny.golden.images[:3], scores, np.zeros((3, 64, 64), np.float32))
+    threshold = Threshold(value=float(np.nextafter(np.float32(0.5), np.float32(1))), basis="x")
+    bundle = Bundle.open(tiny.write(tmp_path / "edge.edgead", golden=golden, threshold=threshold))
+    answers = iter([0.0, 0.5 + off, 1.0])
+
+    class Rounding(Constant):
+        def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            self.score = next(answers)
+            return super().infer(inputs)
+
+    result = replay(Rounding(0.0, 0.0), bundle)  # type: ignore[arg-type]
+    assert len(result.flips) == flips and result.ok == (flips == 0)
