@@ -78,6 +78,7 @@ MODEL = "model.onnx"
 GOLDEN_IMAGES, GOLDEN_SCORES, GOLDEN_MAPS = "golden/images.npy", "golden/scores.npy", "golden/maps.npy"
 MEMBERS = (MANIFEST, MODEL, GOLDEN_IMAGES, GOLDEN_SCORES, GOLDEN_MAPS)
 MAX_MANIFEST_BYTES = 1 << 20
+SET_BY_HAND = "set by hand"
 
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), 'shape': \(([0-9, ]{0,80})\), \} *\n"
@@ -169,7 +170,7 @@ def set_threshold(
     path: str | os.PathLike[str],
     value: float,
     *,
-    basis: str = "set by hand",
+    basis: str = SET_BY_HAND,
     target_false_reject_rate: float | None = None,
     upper_bound: float | None = None,
     confidence: float | None = None,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgead.errors import DataError
+from edgead.errors import BundleError, DataError
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -141,6 +141,7 @@ def export(arguments: argparse.Namespace) -> None:
     from edgead.export.pack import export_run
 
     _check_target(arguments.out)
+    lost = _own_values(arguments.out)
     with progress_bar("parity", unit="image") as bar:
         parity = export_run(
             arguments.run_folder,
@@ -162,6 +163,25 @@ def export(arguments: argparse.Namespace) -> None:
             f"  within the margin of {parity.margin:.3g}: {flip.image}:"
             f" {flip.reference:.5g} -> {flip.exported:.5g}"
         )
+    if lost:
+        print(f"  this replaced a bundle with {lost}: give it that again, if it still holds")
+
+
+def _own_values(bundle: Path) -> str:
+    """What a user gave a bundle that no export brings back, if there is one at all."""
+    from edgead.bundle import SET_BY_HAND, Bundle
+    from edgead.recalibrate import HISTORY
+
+    try:
+        manifest = Bundle.open(bundle).manifest
+    except BundleError:
+        return ""
+    found = []
+    if manifest.threshold.basis == SET_BY_HAND:
+        found.append(f"a threshold set by hand, {manifest.threshold.value:.6g}")
+    if manifest.provenance.get(HISTORY):
+        found.append("a recalibration")
+    return " and ".join(found)
 
 
 def recalibrate(arguments: argparse.Namespace) -> None:

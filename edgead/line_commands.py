@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _replay(arguments: argparse.Namespace) -> int:
     from edgead.line.assembly import open_line, open_sink
     from edgead.line.run import DEADLINE_MS, end, replay_recipe, run
+    from edgead.line.sinks.jsonl import late_path
 
     if arguments.check or arguments.unit:
         raise LineError("--check and --unit go with a recipe file, such as line.toml")
@@ -110,7 +111,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     results = arguments.sink or Path("results.jsonl")
     if results.is_dir():
         raise LineError(f"--sink {results}: is a folder, name a file")
-    earlier = [results]
+    earlier = [results, late_path(results)]
 
     def open_anew(config: Any, controls: Any) -> Any:
         """The sink is opened last: what it replaces goes when nothing else can fail any more."""

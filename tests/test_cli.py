@@ -46,6 +46,14 @@ def test_train_export_inspect_predict_evaluate(
     status, out, _ = run(capsys, "verify", bundle, "--backend", "onnxruntime")
     assert status == 0 and "same verdicts as the reference" in out
 
+    assert run(capsys, "set-threshold", bundle, 0.75)[0] == 0
+    for ending in (
+        "a threshold set by hand, 0.75: give it that again, if it still holds\n",
+        "verdict flips\n",
+    ):
+        status, out, _ = run(capsys, "export", folder, "--out", bundle, "--name", "trays")
+        assert status == 0 and out.endswith(ending)
+
     test_images = list_images(demo_images / "test")
     heatmaps = tmp_path / "heat"
     status, out, _ = run(

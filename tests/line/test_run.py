@@ -63,9 +63,12 @@ def recipe(folder: Path, source: str = "repeat = 1", more: str = "") -> Path:
 @pytest.mark.parametrize("rate", [[], ["--rate", "200"]])
 def test_replay_of_a_folder(folder: Path, rate: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     results = folder / "results.jsonl"
-    results.write_text("of an earlier run\n")
+    late = folder / "results.late.jsonl"
+    for earlier in (results, late):
+        earlier.write_text("of an earlier run\n")
     command = ["run", str(folder / "tiny.edgead"), "--source", str(folder / "frames"), *rate]
     assert main([*command, "--sink", str(results), "--deadline-ms", "20000"]) == 0
+    assert not late.exists()
     records = lines(results)
     names = [Path(record["source"]).relative_to(folder / "frames").as_posix() for record in records]
     assert names == [f"{name}/{index}.png" for name in "ab" for index in range(4)]

@@ -101,8 +101,7 @@ class JsonLines:
     def write_late(self, record: Record) -> None:
         """Appends a line to the file of late results."""
         if self._late is None:
-            path = self._config.path
-            self._late = _Lines(path.with_name(f"{path.stem}.late{path.suffix}"), self._config)
+            self._late = _Lines(late_path(self._config.path), self._config)
         self._late.append(encode(record) + b"\n")
 
     def knows(self, part_id: int) -> bool:
@@ -341,3 +340,8 @@ def _end_of_records(file: int, size: int) -> int:
         else:
             return start + end
     return -1 if start else 0
+
+
+def late_path(path: Path) -> Path:
+    """Where late results go that belong to this file."""
+    return path.with_name(f"{path.stem}.late{path.suffix}")
