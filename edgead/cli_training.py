@@ -132,7 +132,7 @@ def _add_distillation(sub: argparse.ArgumentParser) -> None:
         type=_layers,
         metavar="NAME,...",
         help="feature maps to predict, finest first (default: layer2,layer3 of a ResNet,"
-        " blocks.5.depthwise,blocks.12.depthwise of MobileNetV2)",
+        " blocks.5.depthwise.linear,blocks.12.depthwise.linear of MobileNetV2)",
     )
     sub.add_argument("--size", choices=("s", "m"), default="s", help="PDN-S or PDN-M (default: s)")
     sub.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")

@@ -18,7 +18,7 @@ SMALL = "[defaults]\nsteps = 2\nbatch = 1\nside_px = 64\nheld_out = 0.2\n"
 
 def test_the_recipes_of_the_list_that_comes_with_it() -> None:
     recipes = read_recipes(RECIPES)
-    assert recipes["base"] == (DistillConfig(steps=250), None)
+    assert recipes["base"] == (DistillConfig(steps=250), ("blocks.5.depthwise", "blocks.12.depthwise"))
     assert recipes["whiten"][0] == DistillConfig(steps=250, whiten=1.0)
     assert recipes["small_crops"][0].crop == (0.3, 1.0) and recipes["short"][0].steps == 120
     assert recipes["linear"][1] == ("blocks.5.depthwise.linear", "blocks.12.depthwise.linear")

@@ -73,7 +73,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         with pytest.raises(TrainingError, match="whole.safetensors exists; name another"):
             distill(natural_images, random_backbone, whole, CONFIG, resume=resume)
     metadata = load_teacher(whole)[1].metadata
-    assert metadata["taps"] == "blocks.5.depthwise, blocks.12.depthwise"
+    assert metadata["taps"] == "blocks.5.depthwise.linear, blocks.12.depthwise.linear"
     assert json.loads(metadata["crop"]) == [0.55, 1.0]
 
     curves = [
