@@ -53,7 +53,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     if reduction := manifest.model.get("reduction"):
         rows["reduction"] = _reduction_text(reduction)
     rows |= {
-        f"{part}.{key}": json.dumps(value)
+        f"{part}.{key}": _cut(json.dumps(value))
         for part in ("model", "provenance")
         for key, value in getattr(manifest, part).items()
     }
@@ -62,6 +62,10 @@ def inspect(arguments: argparse.Namespace) -> None:
     width = max(map(len, rows))
     for key, text in rows.items():
         print(f"{key:<{width}}  {text}")
+
+
+def _cut(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else f"{text[:most]} … (--json shows all)"
 
 
 def _reduction_text(reduction: dict[str, Any]) -> str:

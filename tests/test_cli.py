@@ -40,6 +40,7 @@ def test_train_export_inspect_predict_evaluate(
 
     status, out, _ = run(capsys, "inspect", bundle)
     assert status == 0 and "trays, efficientad-s, fp32" in out and "19 Conv" in out and "checked" in out
+    assert max(map(len, out.splitlines())) < 250 and "… (--json shows all)" in out
     status, out, _ = run(capsys, "inspect", bundle, "--json")
     assert json.loads(out)["threshold"]["target_false_reject_rate"] == 0.05
 
