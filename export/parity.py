@@ -19,8 +19,9 @@ from edgead.bundle import Golden
 from edgead.errors import ExportError
 from edgead.image import read_image, resize
 from edgead.models.base import AnomalyModel
+from edgead.runtime.replay import ROUNDING
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": ROUNDING}
 """Largest deviation of a score, and of a map value, relative to the spread of the scores.
 
 In FP32 no verdict may flip at all; in FP16 only scores nearer to the threshold than this.
@@ -135,7 +136,7 @@ def compare(
             f"{precision} export fails the parity gate on {len(chosen)} images:"
             f" {'; '.join(parity.failures[:5])}{more}"
         )
-    margin = max(parity.margin, TOLERANCE["fp16"] * parity.score_spread)
+    margin = ROUNDING * parity.score_spread
     picked = choose_golden(reference, threshold, margin, bytes_per_image=size[0] * size[1] * 3)
     return parity, _golden(model, [chosen[i] for i in picked], size, calibration)
 

@@ -13,8 +13,8 @@ from edgead.runtime.backend import ANOMALY_MAP, CALIBRATION, IMAGE, SCORE, Backe
 TOLERANCE = 0.05  # of the scale of the scores; bfloat16 rounding was measured at 0.007
 ROUNDING = 0.01
 """A score that deviates by less, of the spread of the golden scores, may end on the other side of the
-threshold. An export's gate grants FP16 as much, and keeps no sample so near; a threshold that is chosen
-later may fall right beside one."""
+threshold. An export's gate grants FP16 as much, and keeps no sample so near if it can; a threshold that
+is chosen later may fall right beside one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Replay:
 
     @property
     def ok(self) -> bool:
-        """Same verdict on every sample, and scores and maps within the tolerance."""
+        """No verdict flips, by more than rounding, and scores and maps within the tolerance."""
         deviation = max(self.score_deviation, self.map_deviation)
         return not self.flips and deviation <= self.tolerance
 

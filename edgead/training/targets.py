@@ -21,7 +21,7 @@ from edgead.models.pdn import FEATURES
 from edgead.models.resnet import ResNet
 
 MOBILENET_LAYERS = ("blocks.5.depthwise.linear", "blocks.12.depthwise.linear")
-"""Feature maps of MobileNetV2 at strides 8 (192 channels) and 16 (576 channels), after ReLU6."""
+"""Feature maps of MobileNetV2 at strides 8 (192 channels) and 16 (576 channels), before ReLU6."""
 
 RESNET_LAYERS = ("layer2", "layer3")
 """Feature maps of a ResNet at strides 8 and 16, as in the paper."""
