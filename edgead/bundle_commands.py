@@ -12,6 +12,7 @@ from typing import Any
 
 def inspect(arguments: argparse.Namespace) -> None:
     from edgead.bundle import Bundle
+    from edgead.recalibrate import HISTORY
 
     bundle = Bundle.open(arguments.bundle)
     manifest = bundle.manifest
@@ -46,9 +47,10 @@ def inspect(arguments: argparse.Namespace) -> None:
             f" {limit.good_images} good images); target {limit.target_false_reject_rate:.2%}"
         )
     if parity:
+        since = ", before it was recalibrated" if manifest.provenance.get(HISTORY) else ""
         rows["parity"] = (
-            f"{parity['images']} images, score deviation {parity['score_deviation']:.1e} of the spread,"
-            f" {len(parity['flips'])} flips"
+            f"at export{since}: {parity['images']} images, score deviation"
+            f" {parity['score_deviation']:.1e} of the spread, {len(parity['flips'])} flips"
         )
     if reduction := manifest.model.get("reduction"):
         rows["reduction"] = _reduction_text(reduction)
@@ -115,12 +117,11 @@ def verify(arguments: argparse.Namespace) -> int:
             f"sample {flip.index}: expected {'NG' if flip.expected else 'OK'},"
             f" got {'NG' if flip.got else 'OK'}"
         )
-    print(
-        "same verdicts as the reference"
-        if result.ok
-        else "FAILED: this device does not reproduce the reference"
-    )
-    return 0 if result.ok else 1
+    if not result.ok:
+        print("FAILED: this device does not reproduce the reference")
+        return 1
+    print(f"same verdicts as the reference{result.near}")
+    return 0
 
 
 def set_threshold(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -105,6 +106,21 @@ def test_command(bundle: Path, good: Path, tmp_path: Path, capsys: pytest.Captur
     assert Bundle.open(old).manifest.threshold == Bundle.open(bundle).manifest.threshold
     assert main(["recalibrate", str(out), "--undo"]) == 0
     assert Bundle.open(out).manifest.threshold == Bundle.open(bundle).manifest.threshold
+
+
+def test_inspect_says_which_calibration_the_gate_of_the_export_saw(
+    good: Path,
+    tmp_path: Path,
+    rewrite_manifest: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parity = {"images": 9, "score_deviation": 1e-7, "flips": []}
+    path = rewrite_manifest(tmp_path / "part.edgead", lambda data: data.update(parity=parity))
+    assert main(["inspect", str(path)]) == 0
+    assert "  at export: 9 images" in capsys.readouterr().out
+    recalibrate(path, list_images(good), backend="onnxruntime")
+    assert main(["inspect", str(path)]) == 0
+    assert "  at export, before it was recalibrated: 9 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.5, 0.5])

@@ -141,6 +141,7 @@ def _try(bundle: Bundle, name: str, threads: int | None) -> tuple[Backend | None
             opened.close()
         return None, f"it failed ({error})"
     if result.ok:
-        return opened, f"it gives the verdicts of the reference on all {result.images} golden samples"
+        samples = f"all {result.images} golden samples{result.near}"
+        return opened, f"it gives the verdicts of the reference on {samples}"
     opened.close()
     return None, f"it does not reproduce the golden samples in {opened.precision}: {result}"

@@ -39,6 +39,7 @@ class Replay:
         margin: Smallest distance of a golden score from the threshold: deviations below it cannot flip a
             verdict.
         flips: Samples with another verdict at the threshold of the manifest, by more than rounding.
+        rounded: Number of samples with another verdict by rounding alone.
         tolerance: Deviations above it are a fault and no rounding: 5 % of the spread of the golden
             scores or of the threshold, whichever is larger.
     """
@@ -49,6 +50,7 @@ class Replay:
     map_deviation: float
     margin: float
     flips: tuple[Flip, ...]
+    rounded: int
     tolerance: float
 
     @property
@@ -56,6 +58,11 @@ class Replay:
         """No verdict flips, by more than rounding, and scores and maps within the tolerance."""
         deviation = max(self.score_deviation, self.map_deviation)
         return not self.flips and deviation <= self.tolerance
+
+    @property
+    def near(self) -> str:
+        """What to add to "the same verdicts": nothing, or how many samples rounding decides."""
+        return f", but for {self.rounded} that rounding decides" if self.rounded else ""
 
     def __str__(self) -> str:
         return (
@@ -81,8 +88,9 @@ def replay(backend: Backend, bundle: Bundle) -> Replay:
     spread = float(np.ptp(reference))
     relative = score_deviation / spread if spread else math.inf
     expected, got = reference >= threshold, scores >= threshold
-    rounded = np.abs(scores - reference) <= ROUNDING * (spread or abs(threshold))
-    flipped = (expected != got) & ~rounded
+    is_rounding = np.abs(scores - reference) <= ROUNDING * (spread or abs(threshold))
+    differ = expected != got
+    flipped = differ & ~is_rounding
     return Replay(
         images=len(scores),
         score_deviation=score_deviation,
@@ -90,6 +98,7 @@ def replay(backend: Backend, bundle: Bundle) -> Replay:
         map_deviation=map_deviation,
         margin=float(np.abs(reference - threshold).min()),
         flips=tuple(Flip(int(i), bool(expected[i]), bool(got[i])) for i in np.flatnonzero(flipped)),
+        rounded=int((differ & is_rounding).sum()),
         tolerance=TOLERANCE * max(spread, abs(threshold)),
     )
 

@@ -428,3 +428,4 @@ def test_a_threshold_beside_a_golden_score_forgives_rounding_and_no_more(
 
     result = replay(Rounding(0.0, 0.0), bundle)  # type: ignore[arg-type]
     assert len(result.flips) == flips and result.ok == (flips == 0)
+    assert result.rounded == 1 - flips and bool(result.near) == result.ok
