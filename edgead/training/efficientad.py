@@ -197,12 +197,11 @@ class Trainer:
         )
         folder, source = penalty_folder(files.get("penalty"), run, seed=config.seed)
         self.penalty = PenaltyImages(folder, seed=config.seed, store=run / PENALTY_FILE)
-        count = len(self.penalty.paths)
         self.record = {
             "weights": {"teacher": info.record()},
-            "penalty": {"source": source, "images": count},
+            "penalty": {"source": source, "images": len(self.penalty.paths)},
         }
-        self.settings = {"teacher": info.sha256, "penalty_images": count}
+        self.settings = {"teacher": info.sha256, "penalty": self.penalty.identity()}
 
     @staticmethod
     def build(*, size: Size, border: Border, targets: int) -> EfficientAD:

@@ -7,6 +7,7 @@ cache); the process itself holds one image.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter, deque
@@ -220,6 +221,12 @@ class PenaltyImages:
         self._store, self._stored = store, set[int]()
         if store is not None:
             store.write_bytes(b"")
+
+    def identity(self) -> str:
+        """How many images there are, and the beginning of the SHA-256 of their names."""
+        names = "\n".join(path.relative_to(self.folder).as_posix() for path in self.paths)
+        digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+        return f"{len(self.paths)} images, names {digest[:16]}"
 
     def __call__(self, step: int) -> np.ndarray:
         """The centre 256x256 of the image resized to 512x512, grey with probability 0.3; uint8 HWC."""

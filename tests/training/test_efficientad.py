@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,12 @@ def test_checkpoint_of_another_run_is_refused(
             open_dataset(demo_images, seed=config.seed), tmp_path / "a", config,
             teacher=random_teacher, penalty=natural_images, resume=True,
         )  # fmt: skip
+    others = tmp_path / "others"  # as many, other ones
+    others.mkdir()
+    for path in natural_images.iterdir():
+        shutil.copy(path, others / f"other_{path.name}")
+    with pytest.raises(TrainingError, match="other settings.*penalty: '6 images, names"):
+        _train(tmp_path / "a", demo_images, others, random_teacher, resume=True)
     (tmp_path / "a" / "checkpoint.pt").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(TrainingError, match="cannot be read as a checkpoint"):
         _train(tmp_path / "a", demo_images, natural_images, random_teacher, resume=True)
