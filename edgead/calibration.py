@@ -20,10 +20,10 @@ from edgead.errors import TrainingError
 log = logging.getLogger(__name__)
 
 Q_LOW, Q_HIGH = 0.9, 0.995
-ODD = 5.0
+ODD = 3.0
 """An image is odd if its own high quantile is over this many times that of the median image. One of four
 would take the whole upper end of the scale, and the raw map that finds it odd would hardly count any
-more. Usual ratios are 0.4 to 3 (MVTec AD bottle and cookies, six runs)."""
+more. docs/training.md has the ratios that were measured."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def warn_of_odd(images: Sequence[object], odd: Sequence[int]) -> None:
     """Names odd images, by their indices, in the log, and what to do about them."""
     for index in odd:
         log.warning(
-            "%s: the anomaly map of this good image is over %.0f times as high as is usual."
+            "%s: the anomaly map of this good image is over %g times as high as is usual."
             " Scale and threshold leave it out, so that parts like it may be rejected: look at it; if it"
             " is a good part, add more images like it",
             images[index],

@@ -41,7 +41,8 @@ def test_an_odd_image_among_few_has_no_part_in_the_scale() -> None:
     maps = np.concatenate([usual[:2], odd, usual[2:]])
     assert odd_images(maps) == odd_images(other, maps) == [2]
     assert MapScale.of(maps) == MapScale.of(usual)
-    assert odd_images(np.concatenate([usual, 0.4 * odd])) == []
+    assert odd_images(np.concatenate([usual, 0.4 * odd])) == [3]
+    assert odd_images(np.concatenate([usual, 0.25 * odd])) == []
 
 
 def test_where_each_map_finds_another_image_odd_none_is() -> None:
