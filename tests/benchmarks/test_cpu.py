@@ -46,7 +46,7 @@ def test_the_naive_form_of_a_reduced_target_space(tmp_path: Path) -> None:
     """As `edgead train` makes it by itself; its score is that of the reference."""
     model = cpu.random_bundle(tmp_path / "x.edgead", targets=32)
     golden = Bundle.open(tmp_path / "x.edgead").golden()
-    image = torch.from_numpy(golden.images).permute(0, 3, 1, 2)
+    image = torch.tensor(golden.images).permute(0, 3, 1, 2)
     assert cpu.naive(model)(image) == pytest.approx(float(golden.scores[0]), rel=1e-3)
 
 
