@@ -50,6 +50,12 @@ def iterate_images(paths: Iterable[Path], size_px: tuple[int, int] = NETWORK_PX)
             yield waiting.popleft().result()
 
 
+def hash_of_names(root: Path, paths: Iterable[Path], *before: str) -> str:
+    """The beginning of the SHA-256 of lines: `before`, and the images' names relative to `root`."""
+    names = (path.relative_to(root).as_posix() for path in paths)
+    return hashlib.sha256("\n".join([*before, *names]).encode()).hexdigest()[:16]
+
+
 def common_size(paths: Sequence[Path]) -> tuple[int, int]:
     """The (height, width) in px that most of the images have; a warning tells of others."""
 
@@ -224,9 +230,7 @@ class PenaltyImages:
 
     def identity(self) -> str:
         """How many images there are, and the beginning of the SHA-256 of their names."""
-        names = "\n".join(path.relative_to(self.folder).as_posix() for path in self.paths)
-        digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-        return f"{len(self.paths)} images, names {digest[:16]}"
+        return f"{len(self.paths)} images, names {hash_of_names(self.folder, self.paths)}"
 
     def __call__(self, step: int) -> np.ndarray:
         """The centre 256x256 of the image resized to 512x512, grey with probability 0.3; uint8 HWC."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,7 @@ from edgead.models.files import save_safetensors
 from edgead.models.tiled import Tiled, frame_of
 from edgead.training.data import Dataset
 from edgead.training.device import pick_device
-from edgead.training.images import Images, Tiles, common_size, store_images
+from edgead.training.images import Images, Tiles, common_size, hash_of_names, store_images
 from edgead.training.run import (
     CHECKPOINT_FILE,
     PENALTY_FILE,
@@ -166,8 +165,7 @@ def _check_folder(run: Path, *, resume: bool) -> None:
 
 def _pool_file(run: Path, root: Path, paths: Sequence[Path], state: str) -> Path:
     """Where images lie at network size; another data set, split or size, another name."""
-    names = [path.relative_to(root).as_posix() for path in paths]
-    return run / images_file(hashlib.sha256("\n".join([state, *names]).encode()).hexdigest()[:16])
+    return run / images_file(hash_of_names(root, paths, state))
 
 
 def _write(run: Path, model: AnomalyModel, record: dict[str, Any]) -> None:
