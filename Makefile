@@ -22,8 +22,9 @@ demo: $(READY)  ## train, export and check a detector on a made-up part; writes 
 	$(PY) -m edgead demo --out demo
 
 # Two files at a time with one thread each: many tests wait, and threads that share a core wait for each other.
+# A crash ends the suite: with another process instead, xdist waits for ever for what the lost one had to do.
 test: lint typecheck  ## lint, check the types and run the whole test suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 lint: $(READY)  ## ruff
 	$(PY) -m ruff check .

@@ -29,6 +29,7 @@ def test_ci_runs_make_test_and_keeps_its_exit_status(tmp_path: Path) -> None:
     lines = (
         "#!/bin/sh",
         'echo "make $*"',
+        '[ "$2" != test ] || sleep 60 &',  # as a crashed test leaves one: it must hold nothing up
         "echo '== 1 failed, 2 passed in 3.45s =='",
         "echo Error",
         "exit 2",
@@ -40,7 +41,8 @@ def test_ci_runs_make_test_and_keeps_its_exit_status(tmp_path: Path) -> None:
     installer.write_text("#!/bin/sh\nexit 1\n")  # nothing is installed by a test, and that fails nothing
     installer.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
-    done = subprocess.run([ROOT / ".ci/run"], env=environment, capture_output=True, text=True)
+    command = [ROOT / ".ci/run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     printed = done.stdout.splitlines()
     assert done.returncode == 2, done.stderr
     made = [line for line in printed if line.startswith("make ")]

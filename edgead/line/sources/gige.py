@@ -149,7 +149,10 @@ class _Connection:
                 self._name,
                 _FIRST_FRAME_S,
             )
-        elif self._lost.is_set():
+        # Not by the signal control-lost: the thread that gives it holds the camera meanwhile. If we let
+        # go of the camera then, that thread ends the camera, waits for itself, and GLib aborts.
+        elif not self._camera.get_device().is_controller():
+            self._lost.set()
             raise LineError(f"{self._name}: {self._origin} does not answer any more")
         self._read_clock()
 
@@ -183,12 +186,15 @@ class _Connection:
             self._camera = self._aravis.Camera.new(device)
             parts = (self._camera.get_vendor_name(), self._camera.get_model_name())
             self._origin = " ".join((*parts, self._camera.get_device_serial_number()))
-        if self._camera.is_gv_device() and not self._camera.get_device().is_controller():
+        if not self._camera.is_gv_device():
+            raise LineError(
+                f"{self._name}: {self._origin} is not a GigE Vision camera: write the IP address of one"
+                " as device"
+            )
+        if not self._camera.get_device().is_controller():
             raise LineError(
                 f"{self._name}: {self._origin} is in use by another program: stop that first"
             )
-        lost = self._lost  # the camera must not hold what holds the camera
-        self._camera.get_device().connect("control-lost", lambda *_: lost.set())
 
     def _set_up(self, config: Config) -> None:
         # No name but self._camera for it: an exception keeps names alive, and with them the camera.
@@ -252,13 +258,12 @@ class _Connection:
             is_extended = (
                 self._camera.is_feature_available(extended) and self._camera.get_string(extended) == "On"
             )
-            if is_extended or not self._camera.is_gv_device():
+            if is_extended:
                 self._ids.bits = 64
             self._clock.find(self._camera)
             self._read_clock()
             self._stream = self._camera.create_stream(None, None)
-            if self._camera.is_gv_device():
-                self._stream.set_property("frame-retention", round(config.retention_ms * 1000))
+            self._stream.set_property("frame-retention", round(config.retention_ms * 1000))
             payload_bytes = self._camera.get_payload()
             for _ in range(config.buffers):
                 self._reuse(self._aravis.Buffer.new_allocate(payload_bytes))

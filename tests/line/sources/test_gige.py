@@ -267,6 +267,36 @@ def test_triggers_that_do_not_reach_the_camera_are_answered(fake_camera: FakeCam
     assert ended.wait(LIMIT_S / 4)  # a camera that is gone does not hold it up
 
 
+def test_a_camera_is_not_let_go_of_while_its_loss_is_told(fake_camera: FakeCamera) -> None:
+    """Aravis tells of it in a thread that holds the camera, and that the end of the camera waits for: if
+    that thread is the last to hold it, GLib aborts the process."""
+    process = fake_camera()
+    code = (
+        "import sys, threading, time\n"
+        "from edgead.line.sources.gige import Config, open_source\n"
+        "source, told = open_source(Config(device=sys.argv[1]), camera='top'), threading.Event()\n"
+        "device = source._connection._camera.get_device()\n"
+        "device.connect('control-lost', lambda *_: (time.sleep(5), told.set()))\n"
+        "del device\n"
+        "threading.Thread(target=lambda: list(source.shots()), daemon=True).start()\n"
+        "print('ready', flush=True)\n"
+        "while source._connection is not None: time.sleep(0.01)\n"
+        "print('told', told.wait(10), flush=True)\n"
+        "time.sleep(1)\n"  # enough for an abort
+        "print('alive')\n"
+    )
+    command = [sys.executable, "-c", code, ADDRESS[0]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None and child.stdout.readline() == "ready\n"
+            process.kill()
+            process.wait()
+            output, _ = child.communicate(timeout=3 * LIMIT_S)
+        finally:
+            child.kill()
+    assert (child.returncode, output) == (0, "told True\nalive\n")
+
+
 def test_it_lets_go_of_the_camera(fake_camera: FakeCamera) -> None:
     fake_camera()
     for _ in range(3):
@@ -307,6 +337,17 @@ def test_a_camera_set_to_pixels_that_are_not_supported_says_so(fake_camera: Fake
     del camera
     with pytest.raises(LineError, match="set to Mono16, .*pixel_format to one of Mono8"):
         open_camera()
+
+
+def test_a_camera_without_gige_vision_is_refused(program: str) -> None:
+    from gi.repository import Aravis
+
+    Aravis.enable_interface("Fake")  # cameras in the process itself
+    try:
+        with pytest.raises(LineError, match="Aravis Fake 1 is not a GigE Vision camera.*IP address"):
+            open_camera(device="Fake_1")
+    finally:
+        Aravis.disable_interface("Fake")
 
 
 def test_a_camera_that_is_not_there_is_refused(program: str) -> None:
