@@ -71,7 +71,8 @@ class Component:
     Attributes:
         path: of its image, as in the evaluation's rows.
         box_px: left, top, width, height.
-        peak: highest map value inside; the defect is found if it reaches the threshold.
+        peak: highest map value inside.
+        is_found: whether the peak reaches the threshold, and the image is rejected.
         au_pro: AU-PRO of this component alone, at each limit.
     """
 
@@ -167,14 +168,20 @@ def open_pixels(dataset: Dataset, config: SizeConfig) -> PixelScores:
 
 
 def by_size(
-    pixels: PixelScores, paths: Sequence[str], config: SizeConfig, *, threshold: float
+    pixels: PixelScores,
+    paths: Sequence[str],
+    config: SizeConfig,
+    *,
+    threshold: float,
+    rejected: Sequence[bool],
 ) -> BySize | None:
     """Figures by size.
 
     Args:
         pixels: all test images.
         paths: of the images, in the order in which they were added.
-        threshold: map value from which on a component is found.
+        threshold: map value from which on a component is found, if its image is rejected as well.
+        rejected: of the images; a method whose score is no maximum of its map may let one pass.
 
     Returns:
         None if there are no components or no background.
@@ -201,7 +208,7 @@ def by_size(
             robustness(limit, [one.au_pro[column] for one in bins])
             for column, limit in enumerate(LIMITS if quartiles_px else ())
         ),
-        components=_components(regions, values, paths, threshold),
+        components=_components(regions, values, paths, threshold, rejected),
     )
 
 
@@ -241,7 +248,7 @@ def lines(figures: BySize) -> list[str]:
             rows.append([name, "", "", *(_text(getattr(one, name)) for one in figures.robustness)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        f"defects by size: {len(figures.components)} components ({found} reach the threshold),"
+        f"defects by size: {len(figures.components)} components ({found} found),"
         f" {figures.bins_mode} bins, {figures.integral}",
         *(
             "  ".join(
@@ -303,7 +310,11 @@ def _mean(values: np.ndarray) -> tuple[float, ...]:
 
 
 def _components(
-    regions: Sequence[Region], values: np.ndarray, paths: Sequence[str], threshold: float
+    regions: Sequence[Region],
+    values: np.ndarray,
+    paths: Sequence[str],
+    threshold: float,
+    rejected: Sequence[bool],
 ) -> tuple[Component, ...]:
     found = [
         Component(
@@ -311,7 +322,7 @@ def _components(
             area_px=region.area_px,
             box_px=region.box_px,
             peak=region.peak,
-            is_found=region.peak >= threshold,
+            is_found=bool(rejected[region.image]) and region.peak >= threshold,
             au_pro=tuple(value.tolist()),
         )
         for region, value in zip(regions, values, strict=True)

@@ -59,12 +59,13 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="weights of the frozen network of stpm, fbft and protoad: MobileNetV2, ResNet, DINOv2"
         " (default: the PDN-S that comes with edgead)",
     )
-    sub.add_argument(
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument(
         "--steps",
         type=int,
         help="training steps (default: 2000 of EfficientAD, of the others as published)",
     )
-    sub.add_argument("--minutes", type=float, help="train for this long instead")
+    length.add_argument("--minutes", type=float, help="train for this long instead")
     sub.add_argument(
         "--optimizer",
         choices=("muon", "adam"),

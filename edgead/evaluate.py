@@ -131,6 +131,7 @@ def evaluate(
         BackendError: the back end failed; no later image would fare better.
     """
     run = _Run(dataset.root, open_pixels(dataset, sizes) if sizes else None)
+    run.has_masks = any(item.masks for item in dataset.test)
     for done, item in enumerate(dataset.test, start=1):
         run.inspect(detector, item)
         if progress is not None:
@@ -176,7 +177,13 @@ def evaluate(
         notes=_notes(run, len(dataset.test)),
         errors=run.errors,
         rows=run.rows,
-        by_size=by_size(run.pixels, [row.path for row in run.rows], sizes, threshold=threshold)
+        by_size=by_size(
+            run.pixels,
+            [row.path for row in run.rows],
+            sizes,
+            threshold=threshold,
+            rejected=[row.is_anomalous for row in run.rows],
+        )
         if sizes and not run.without_mask
         else None,
         maps=run.maps,
@@ -193,6 +200,7 @@ class _Run:
         self.maps: list[np.ndarray] = []
         self.errors: list[dict[str, str]] = []
         self.pixels = bounded or metrics.PixelScores()
+        self.has_masks = True
         self.without_mask = 0
 
     def au_pro(self, *limits: float) -> list[float]:
@@ -234,7 +242,7 @@ class _Run:
         if item.label == 1 and not mask.any():
             self.without_mask += 1
             self.pixels = metrics.PixelScores()
-        if not self.without_mask:
+        if self.has_masks and not self.without_mask:  # 4 bytes a pixel, for no figure
             self.pixels.add(result.map_at(*size_px), mask)
 
     def _fail(self, path: Path, error: Exception) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +23,7 @@ from edgead.export.parity import Parity, compare
 from edgead.export.reduce import Size, reduce_run, sizes_for
 from edgead.export.to_onnx import to_onnx
 from edgead.health import HEALTH
+from edgead.image import read_image
 from edgead.manifest import (
     RESIZE_IN_GRAPH,
     RESIZE_ON_HOST,
@@ -34,6 +37,7 @@ from edgead.models.base import AnomalyModel
 from edgead.models.efficientad import EfficientAD
 from edgead.models.tiled import Tiled
 from edgead.training.data import open_dataset
+from edgead.training.images import MOST_DECODERS
 from edgead.training.run import Run, read_run
 
 log = logging.getLogger(__name__)
@@ -108,18 +112,30 @@ def export_run(
 
 
 def _images(record: dict[str, Any], root: Path) -> list[Path]:
-    """The validation and test images of a run, for the parity gate; test images may have gone."""
+    """The validation and test images of a run, for the parity gate; test images may be lacking."""
     parts = [[root / path for path in record["data"][part]] for part in ("validation", "test")]
-    validation, test = ([path for path in part if path.is_file()] for part in parts)
-    images, found = sum(parts, []), [*validation, *test]
+    images = sum(parts, [])
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_DECODERS)) as pool:
+        problems = dict(zip(images, pool.map(_problem, images), strict=True))
+    validation, test = ([path for path in part if not problems[path]] for part in parts)
+    found = [*validation, *test]
     if len(found) == len(images):
         return found
-    first = next(path for path in images if not path.is_file())
-    said = f"{len(images) - len(found)} of the run's {len(images)} images are gone, the first is {first}"
+    first = next(filter(None, problems.values()))
+    lost = len(images) - len(found)
+    said = f"{lost} of the run's {len(images)} images are gone or damaged, the first: {first}"
     if len(validation) < len(parts[0]) or not test:
-        raise ExportError(f"{said}: the parity gate needs them")
-    log.warning("%s: the parity gate goes without", said)
+        raise ExportError(f"{said}; the parity gate needs them")
+    log.warning("%s; the parity gate goes without", said)
     return found
+
+
+def _problem(path: Path) -> str:
+    try:
+        read_image(path)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _reduced(

@@ -37,10 +37,15 @@ SIDES_PX = (2, 3, 4, 6, 8, 12)  # bright spots of the images below
 SIDE_PX = 64
 
 
-def compute(pixels: PixelScores, config: SizeConfig | None = None, threshold: float = 0.5) -> BySize:
+def compute(
+    pixels: PixelScores,
+    config: SizeConfig | None = None,
+    threshold: float = 0.5,
+    is_rejected: bool = True,
+) -> BySize:
     images = 1 + max(region.image for region in pixels.list_regions())
-    paths = [f"{index}.png" for index in range(images)]
-    figures = by_size(pixels, paths, config or SizeConfig(), threshold=threshold)
+    paths, rejected = [f"{index}.png" for index in range(images)], [is_rejected] * images
+    figures = by_size(pixels, paths, config or SizeConfig(), threshold=threshold, rejected=rejected)
     assert figures is not None
     return figures
 
@@ -198,10 +203,10 @@ def test_fewer_than_four_components_have_q4_alone(bins: str) -> None:
 def test_without_components_there_are_no_figures() -> None:
     pixels = PixelScores()
     pixels.add(MAP_A, np.zeros_like(MASK))
-    assert by_size(pixels, ["0.png"], SizeConfig(), threshold=0.5) is None
+    assert by_size(pixels, ["0.png"], SizeConfig(), threshold=0.5, rejected=[True]) is None
     pixels = PixelScores()
     pixels.add(MAP_A, np.ones_like(MASK))
-    assert by_size(pixels, ["0.png"], SizeConfig(), threshold=0.5) is None
+    assert by_size(pixels, ["0.png"], SizeConfig(), threshold=0.5, rejected=[True]) is None
 
 
 def test_components_say_where_they_are_and_whether_they_were_found() -> None:
@@ -216,6 +221,8 @@ def test_components_say_where_they_are_and_whether_they_were_found() -> None:
     assert tiniest(figures, 5) == {"missed": [small], "found": [large]}
     at_its_peak = compute(pixels, threshold=large.peak)
     assert [one.is_found for one in at_its_peak.components] == [False, True]
+    passed = compute(pixels, threshold=0.6, is_rejected=False)  # as by a score that is a mean of the map
+    assert [one.is_found for one in passed.components] == [False, False]
     assert tiniest(None, 5) == {}
 
 

@@ -250,7 +250,8 @@ def sized(bins: str) -> tuple[Evaluation, list[Picture]]:
             pictures[index] = Picture(picture.path, image, mask)
         pixels.add(enlarge(evaluation.maps[index], 300, 600), mask)
     paths = [row.path for row in evaluation.rows]
-    figures = by_size(pixels, paths, SizeConfig(bins=bins), threshold=THRESHOLD)
+    rejected = [row.is_anomalous for row in evaluation.rows]
+    figures = by_size(pixels, paths, SizeConfig(bins=bins), threshold=THRESHOLD, rejected=rejected)
     return dataclasses.replace(evaluation, by_size=figures), pictures
 
 
@@ -267,7 +268,7 @@ def test_figures_by_size_have_table_plot_and_strip(tmp_path: Path, bins: str, mi
     assert len(page.with_tag("svg")) == len(write_page(tmp_path, make_evaluation()).with_tag("svg")) + 1
 
     parts = page.text.split("The tiniest defects missed")[1].split("The tiniest defects found")
-    assert parts[0].count("9 px, highest 0.050") == 3 and "No map value inside reaches" in parts[0]
+    assert parts[0].count("9 px, highest 0.050") == 3 and "no map value inside reaches" in parts[0]
     assert parts[0].count("7200 px") == 1  # of the defect whose score is below the threshold
     assert parts[1].count("7200 px") == 2
     assert " ".join(HOSTILE.split()) in parts[0] and "<script>alert" not in page.html

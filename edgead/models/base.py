@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,6 +73,12 @@ def check_learning_rate(rate: float | None) -> None:
     """For settings whose rate may be left open (None). Raises TrainingError unless it is above 0."""
     if rate is not None and not 0 < rate < math.inf:
         raise TrainingError(f"--learning-rate {rate}: a number above 0 is needed")
+
+
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Raises TrainingError for a name that is none of `choices`."""
+    if value not in choices:
+        raise TrainingError(f"--{option} {value}: choose one of {', '.join(choices)}")
 
 
 def check_length(steps: int | None, minutes: float | None) -> None:

@@ -8,15 +8,18 @@ Layouts of `<root>`, one category each; images are of any format that `edgead.im
     visa    Data/Images/{Normal,Anomaly}  Data/Masks/Anomaly; ../split_csv/1cls.csv says what is for what
     plain   good, optional bad or bad/<defect>, optional masks with the folders and names of bad
 
+In loco, masks hold numbers of defect classes where there is a defects_config.json.
+
 test and ground_truth may be missing; where there are masks, each defect image must have one. Hidden
 files, files that are not images, and all but the first of the files in a folder that differ only in
 their suffix are left out.
 
 Validation images come from the good training images (10 %, chosen by the seed) or, in loco, from their
 own folder; never from the test images. The layout plain has no test split, so about 20 % of its good
-images become test images, chosen by their file names alone: another seed does not train on them. Both
-choices rank the images by a hash of their names and so depend neither on the order in the file system
-nor on a library's random numbers.
+images become test images, chosen by their names alone: another seed does not train on them. Both
+choices rank the images by a hash of their names (with those of the folders below good, so that views
+named alike in a folder for each part fall on both sides) and so depend neither on the order in the file
+system nor on a library's random numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ import csv
 import hashlib
 import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +42,8 @@ from edgead.image import IMAGE_SUFFIXES, list_images, read_mask
 
 logger = logging.getLogger(__name__)
 
+GOOD_NAMES = ("good", "ok", "normal")
+_MASK_ENDING = re.compile("[_-](mask|label|gt)$", re.IGNORECASE)
 _MARKERS = {  # layout -> folders that tell it; the first match counts
     "visa": ("Data/Images/Normal",),
     "loco": ("train/good", "validation/good"),
@@ -54,8 +61,8 @@ class TestItem:
         label: 0 good, 1 defective.
         defect: "good" or the name of the defect.
         masks: files whose union is the defect; empty for good images and where there are no masks.
-        mask_above: mask pixels above this grey value belong to the defect: 127, or 0 in VisA and LOCO,
-            whose masks hold numbers of defect classes.
+        mask_above: mask pixels above this grey value belong to the defect: 127, or 0 where masks hold
+            numbers of defect classes.
     """
 
     __test__ = False  # whatever pytest thinks of the name
@@ -101,16 +108,34 @@ class Dataset:
     test: tuple[TestItem, ...]
     saturation: tuple[Saturation, ...] = ()
 
+    @cached_property
+    def hashes(self) -> dict[Path, str]:
+        """SHA-256 (hex) of the contents of the train and validation images, sorted by path."""
+        found = {}
+        for path in _sorted({*self.train, *self.validation}):
+            try:
+                found[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise DataError(f"{path}: cannot read this image: {error.strerror}") from error
+        return found
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the sorted relative paths and contents of the train and validation images."""
         digest = hashlib.sha256()
-        for path in _sorted({*self.train, *self.validation}):
-            try:
-                content = hashlib.sha256(path.read_bytes()).hexdigest()
-            except OSError as error:
-                raise DataError(f"{path}: cannot read this image: {error.strerror}") from error
+        for path, content in self.hashes.items():
             digest.update(f"{path.relative_to(self.root).as_posix()}\0{content}\n".encode())
         return digest.hexdigest()
+
+    def warn_of_copies(self) -> None:
+        """Says which validation images are copies of training images: networks know these by heart."""
+        learned = {self.hashes[path]: path for path in self.train}
+        copies = [path for path in self.validation if self.hashes[path] in learned]
+        if copies and self.validation != self.train:
+            logger.warning(
+                "%d of the %d validation images are copies of training images, the first is %s, the same"
+                " as %s: scale and threshold come out too low. Keep one of each",
+                len(copies), len(self.validation), copies[0], learned[self.hashes[copies[0]]],
+            )  # fmt: skip
 
 
 def open_dataset(root: Path | str, *, seed: int = 0) -> Dataset:
@@ -202,7 +227,7 @@ def _unknown_layout(root: Path) -> str:
 def _open_folders(root: Path, layout: str) -> tuple[list[Path], list[TestItem]]:
     """mvtec, btad, loco: (good training images, test items)."""
     good = "ok" if layout == "btad" else "good"
-    above = 0 if layout == "loco" else 127
+    above = 0 if (root / "defects_config.json").is_file() and layout == "loco" else 127
     test: list[TestItem] = []
     for folder in sorted((root / "test").iterdir()) if (root / "test").is_dir() else ():
         if folder.name.startswith(".") or not folder.is_dir():
@@ -210,6 +235,11 @@ def _open_folders(root: Path, layout: str) -> tuple[list[Path], list[TestItem]]:
         if folder.name == good:
             test += [TestItem(path, 0, "good") for path in _images(folder)]
             continue
+        if folder.name.lower() in GOOD_NAMES:
+            raise DataError(
+                f"{folder}: by the layout {layout} these would be defects; rename the folder to {good}"
+                " if these parts are good, otherwise to the defect's name"
+            )
         masks = _index_masks(root / "ground_truth" / folder.name)
         for path in _images(folder):
             test.append(TestItem(path, 1, folder.name, masks[_key(path, folder)], above))
@@ -220,8 +250,9 @@ def _open_folders(root: Path, layout: str) -> tuple[list[Path], list[TestItem]]:
 
 def _open_plain(root: Path) -> tuple[list[Path], list[TestItem]]:
     """(good images to train on, test items)."""
-    good = sorted(_images(root / "good"), key=lambda path: (_rank(path.name), path.as_posix()))
-    n_test = sum(_rank(path.name) < 0.2 for path in good)
+    ranks = {path: _rank(path.relative_to(root / "good").as_posix()) for path in _images(root / "good")}
+    good = sorted(ranks, key=lambda path: (ranks[path], path.as_posix()))
+    n_test = sum(rank < 0.2 for rank in ranks.values())
     n_test = min(max(n_test, 1), len(good) - 1) if good else 0  # at least one on either side if possible
     test = [TestItem(path, 0, "good") for path in good[:n_test]]
     bad = root / "bad"
@@ -279,6 +310,17 @@ def _images(folder: Path) -> list[Path]:
         kept = first.setdefault(path.with_suffix(""), path)
         if kept != path:
             logger.warning("%s is left out, because %s is there as well", path, kept.name)
+    masks = [
+        path
+        for stem, path in first.items()
+        if (image := stem.with_name(_MASK_ENDING.sub("", stem.name))) != stem and image in first
+    ]
+    if masks:
+        logger.warning(
+            "%s: %d of the %d images look like masks of others, the first is %s; they are taken as"
+            " images: masks belong into a folder of their own, ground_truth or masks",
+            folder, len(masks), len(first), masks[0].name,
+        )  # fmt: skip
     return list(first.values())
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgead.errors import DataError, TrainingError
-from edgead.models.base import check_learning_rate
+from edgead.models.base import check_choice, check_learning_rate
 from edgead.models.files import save_safetensors
 from edgead.models.folding import IMAGENET_MEAN, IMAGENET_STD
 from edgead.models.pdn import FEATURES, PDN, Size
@@ -34,7 +34,7 @@ from edgead.training.curve import Point, write_curve
 from edgead.training.device import autocast, compute_dtype, keep_memory, pick_device
 from edgead.training.directions import SecondMoment, directions_of
 from edgead.training.group import Group, own_device, process_group
-from edgead.training.imageset import ImageSet, hold_out, open_images
+from edgead.training.imageset import ImageSet, hold_out, names_of, open_images
 from edgead.training.muon import Muon
 from edgead.training.targets import Source, Targets
 
@@ -101,6 +101,12 @@ class DistillConfig:
             raise TrainingError(f"--steps {self.steps}, --batch {self.batch}: both must be at least 1")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise TrainingError(f"--minutes {self.minutes}: must be above 0")
+        for option, value, choices in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("loss", self.loss, LOSSES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            check_choice(option, value, choices)
         check_learning_rate(self.learning_rate)
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise TrainingError(
@@ -170,7 +176,8 @@ def distill(
             held_out=session.crops(held_out, config.seed + 1),
             positions=share,
             out=out,
-            settings=recipe(config, source) | {"images": len(found), "backbone": source.name},
+            settings=recipe(config, source)
+            | {"images": len(found), "image_names": names_of(found), "backbone": source.name},
         )
         run.fit(resume=resume, progress=progress if group.rank == 0 else None)
         last = run.points[-1]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgead.errors import TrainingError
-from edgead.models.base import check_learning_rate, check_length
+from edgead.models.base import check_choice, check_learning_rate, check_length
 from edgead.models.efficientad import Border, EfficientAD
 from edgead.models.files import load_directions, load_teacher, shipped_teacher
 from edgead.models.pdn import FEATURES, PDN, Size
@@ -32,13 +32,12 @@ from edgead.training.demo_data import render_distractors
 from edgead.training.device import autocast
 from edgead.training.images import Images, PenaltyImages, Tiles, jitter
 from edgead.training.muon import Muon
-from edgead.training.run import PENALTY_FILE
+from edgead.training.run import PENALTY_FILE, PENALTY_VARIABLE
 from edgead.training.session import Session
 from edgead.training.teacher_targets import TeacherTargets, natural_moment, to_input
 
 log = logging.getLogger(__name__)
 
-PENALTY_VARIABLE = "EDGEAD_PENALTY_IMAGES"
 DISTRACTORS = 300
 
 Optimizer = Literal["muon", "adam"]
@@ -86,6 +85,7 @@ class TrainConfig:
         if self.optimizer is None:
             is_long = self.minutes is None and self.steps >= LONG_RUN
             object.__setattr__(self, "optimizer", "adam" if is_long else "muon")
+        check_choice("optimizer", str(self.optimizer), OPTIMIZERS)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 0.02 if self.optimizer == "muon" else 1e-4)
         check_length(self.steps, self.minutes)
@@ -321,7 +321,7 @@ def penalty_folder(named: Path | None, run: Path, *, seed: int) -> tuple[Path, s
         return named, "named by the user"
     if variable := os.environ.get(PENALTY_VARIABLE):
         return Path(variable), f"from {PENALTY_VARIABLE}"
-    folder = run / "penalty"
+    folder = run / f"penalty-{seed}"  # of another seed there may be some from before a kill
     log.warning(
         "no penalty images named: training uses %d rendered pictures instead of natural images."
         " Detection is better with natural ones: --penalty FOLDER (any folder of some hundred varied"

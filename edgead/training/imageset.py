@@ -8,6 +8,7 @@ is interrupted and resumed, and any share of the set can be held out.
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from pathlib import Path
 from typing import Protocol
@@ -31,8 +32,9 @@ class ImageSet(Protocol):
 class FolderImages:
     """The image files below a folder, sorted by path."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], root: Path | None = None) -> None:
         self.paths = [str(path) for path in paths]  # a third of the memory of Path objects
+        self.root = str(root or "")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,6 +67,8 @@ class TarImages:
                         found.append((member.offset_data, member.size))
                     # else it keeps half a kilobyte of every member
                     file.members.clear()  # type: ignore[attr-defined]
+                end = file.offset  # type: ignore[attr-defined]
+            _check_end(shard, end)
         except (tarfile.TarError, EOFError) as error:
             raise DataError(
                 f"{shard} cannot be read as an uncompressed tar file ({error});"
@@ -85,6 +89,20 @@ class TarImages:
         except OSError as error:
             raise DataError(f"{shard}: cannot be read: {error.strerror}") from error
         return decode_image(data, f"{shard} at byte {offset}")
+
+
+def _check_end(shard: Path, offset: int) -> None:
+    """tarfile takes whatever is no member for the end; that is a block of zeros, and zeros follow."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        is_end = file.read(512) == bytes(512)
+        while is_end and (more := file.read(1 << 20)):
+            is_end = not more.strip(b"\0")
+    if not is_end:
+        raise DataError(
+            f"{shard} is damaged or cut off at byte {offset}: neither a member nor the end mark of a tar"
+            " file is there; copy it again, or unpack what is left of it and pack that again"
+        )
 
 
 class Subset:
@@ -116,7 +134,24 @@ def open_images(source: Path | str) -> ImageSet:
             f"{source} holds {len(shards)} tar files and {len(paths)} image files; name a folder of"
             " either the one or the other"
         )
-    return TarImages(shards) if shards else FolderImages(paths)
+    return TarImages(shards) if shards else FolderImages(paths, source)
+
+
+def names_of(images: ImageSet) -> str:
+    """The beginning of the SHA-256 of the names in a folder, or of the places in shards and their names.
+
+    "" for a set of another kind, whose images nobody can tell from others.
+    """
+    digest = hashlib.sha256()
+    if isinstance(images, FolderImages):
+        for path in images.paths:
+            digest.update(path.removeprefix(images.root).encode() + b"\n")
+    elif isinstance(images, TarImages):
+        digest.update("\n".join(shard.name for shard in images.shards).encode())
+        digest.update(images.shard.tobytes() + images.where.tobytes())
+    else:
+        return ""
+    return digest.hexdigest()[:16]
 
 
 def hold_out(images: ImageSet, share: float, *, seed: int) -> tuple[Subset, Subset]:

@@ -5,6 +5,7 @@ RUN/detector.safetensors     the method's networks and their statistics, frozen 
 RUN/losses.csv               step, seconds and the losses, of methods that have some
 RUN/checkpoint.pt            only while training: what --resume goes on from
 RUN/images-*.bin, penalty.bin    only while training: images at network size
+RUN/.lock                    only while training: held by the process that trains
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ WEIGHTS_FILE = "detector.safetensors"
 LOSSES_FILE = "losses.csv"
 CHECKPOINT_FILE = "checkpoint.pt"
 PENALTY_FILE = "penalty.bin"
+PENALTY_VARIABLE = "EDGEAD_PENALTY_IMAGES"
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)

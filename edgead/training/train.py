@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +38,9 @@ from edgead.training.device import pick_device
 from edgead.training.images import Images, Tiles, common_size, hash_of_names, store_images
 from edgead.training.run import (
     CHECKPOINT_FILE,
+    LOCK_FILE,
     PENALTY_FILE,
+    PENALTY_VARIABLE,
     RUN_FILE,
     WEIGHTS_FILE,
     git_commit,
@@ -92,59 +96,65 @@ def train(
     if overlap is not None and tile is None:
         raise TrainingError(f"--overlap {overlap} is that of tiles: add --tile, or leave it out")
     check_rate(config.false_reject)  # not after the training
-    _check_folder(run, resume=resume)
+    if "penalty" in method.FILES:
+        _check_penalty(dataset, named.get("penalty") or os.environ.get(PENALTY_VARIABLE))
+    if run.is_file():
+        raise TrainingError(f"--out {run} is a file; name a folder for the run")
     run.mkdir(parents=True, exist_ok=True)
-    chosen = pick_device(device)
-    trainer = method(config, named, run)
-    config = trainer.config  # in which nothing is left open
-    model: AnomalyModel = trainer.model
-    if tile is not None:
-        model = _tiled(model, dataset, tile, overlap)
-    fingerprint = dataset.fingerprint()
-    # All images are read before the training: one that cannot be must not cost it.
-    state, size_px = f"{fingerprint} {model.input_px}", model.input_px
-    pool, good = (
-        store_images(paths, _pool_file(run, dataset.root, paths, state), size_px)
-        for paths in (dataset.train, dataset.validation)
-    )
-    images: Images = pool
-    health = health_of(dataset)
-    settings = {**asdict(config), **trainer.settings, "data": fingerprint, "tiling": None}
-    if isinstance(model, Tiled):
-        images = Tiles(pool, model.corners, model.inner.input_px)
-        settings["tiling"] = model.architecture()["tiling"]
-    session = Session(
-        run,
-        config,
-        images=images,
-        device=chosen,
-        settings=settings,
-        resume=resume,
-        progress=progress,
-    )
-    trainer.fit(session)
-    seconds = session.seconds()
-    model.to(chosen)  # with what a tiled one has around the trained networks
-    calibration, threshold = calibrate(model, good, config.false_reject, chosen)
-    warn_of_odd(dataset.validation, calibration["odd_images"])
-    record = {
-        "method": config.method,
-        "config": asdict(config),
-        "data": {**describe_data(dataset), "fingerprint": fingerprint},
-        "architecture": model.architecture(),
-        **trainer.record,
-        "training": {
-            "steps": session.step,
-            "seconds": round(seconds, 1),
-            "device": device_name(chosen),
-        },
-        "calibration": calibration,
-        "threshold": threshold,
-        HEALTH: health.to_dict(),
-        "made": made(),
-    }
-    _write(run, model, record)
-    return record
+    with _alone(run):
+        _check_folder(run, resume=resume)
+        chosen = pick_device(device)
+        trainer = method(config, named, run)
+        config = trainer.config  # in which nothing is left open
+        model: AnomalyModel = trainer.model
+        if tile is not None:
+            model = _tiled(model, dataset, tile, overlap)
+        fingerprint = dataset.fingerprint()
+        dataset.warn_of_copies()
+        # All images are read before the training: one that cannot be must not cost it.
+        state, size_px = f"{fingerprint} {model.input_px}", model.input_px
+        pool, good = (
+            store_images(paths, _pool_file(run, dataset.root, paths, state), size_px)
+            for paths in (dataset.train, dataset.validation)
+        )
+        images: Images = pool
+        health = health_of(dataset)
+        settings = {**asdict(config), **trainer.settings, "data": fingerprint, "tiling": None}
+        if isinstance(model, Tiled):
+            images = Tiles(pool, model.corners, model.inner.input_px)
+            settings["tiling"] = model.architecture()["tiling"]
+        session = Session(
+            run,
+            config,
+            images=images,
+            device=chosen,
+            settings=settings,
+            resume=resume,
+            progress=progress,
+        )
+        trainer.fit(session)
+        seconds = session.seconds()
+        model.to(chosen)  # with what a tiled one has around the trained networks
+        calibration, threshold = calibrate(model, good, config.false_reject, chosen)
+        warn_of_odd(dataset.validation, calibration["odd_images"])
+        record = {
+            "method": config.method,
+            "config": asdict(config),
+            "data": {**describe_data(dataset), "fingerprint": fingerprint},
+            "architecture": model.architecture(),
+            **trainer.record,
+            "training": {
+                "steps": session.step,
+                "seconds": round(seconds, 1),
+                "device": device_name(chosen),
+            },
+            "calibration": calibration,
+            "threshold": threshold,
+            HEALTH: health.to_dict(),
+            "made": made(),
+        }
+        _write(run, model, record)
+        return record
 
 
 def _tiled(model: AnomalyModel, dataset: Dataset, tile: int, overlap: int | None) -> Tiled:
@@ -152,9 +162,39 @@ def _tiled(model: AnomalyModel, dataset: Dataset, tile: int, overlap: int | None
     return Tiled(model, tile=tile, overlap=tile // 4 if overlap is None else overlap, frame=frame)
 
 
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Holds the run folder's lock, where there are such; two processes would take each other's files."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    with (run / LOCK_FILE).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(
+                f"another process trains into {run}: wait for it, or name another folder with --out"
+            ) from error
+        except OSError:  # some network drives know no locks
+            pass
+        yield
+
+
+def _check_penalty(dataset: Dataset, folder: Path | str | None) -> None:
+    """Images to inspect as penalty images would teach the networks to fail on them."""
+    if not folder:
+        return
+    penalty, root = Path(folder).resolve(), dataset.root.resolve()
+    if penalty.is_relative_to(root) or root.is_relative_to(penalty):
+        raise TrainingError(
+            f"the penalty images in {folder} would be those of the data set {dataset.root}:"
+            " name a folder of other pictures, such as photos, with --penalty"
+        )
+
+
 def _check_folder(run: Path, *, resume: bool) -> None:
-    if run.is_file():
-        raise TrainingError(f"--out {run} is a file; name a folder for the run")
     if (run / RUN_FILE).exists():
         raise TrainingError(f"{run} holds a finished run; export it, or name another folder with --out")
     if (run / CHECKPOINT_FILE).exists() and not resume:
@@ -172,7 +212,9 @@ def _write(run: Path, model: AnomalyModel, record: dict[str, Any]) -> None:
     metadata = {"method": record["method"], "data": record["data"]["fingerprint"]}
     save_safetensors(run / WEIGHTS_FILE, model.state_dict(), metadata)
     write_text(run / RUN_FILE, json.dumps(record, indent=2))
-    for path in (run / CHECKPOINT_FILE, run / PENALTY_FILE, *run.glob(images_file("*"))):
+    left = [CHECKPOINT_FILE, PENALTY_FILE, images_file("*")]
+    left += [LOCK_FILE, *(f".{name}.*.tmp" for name in left)]  # these are of processes that were killed
+    for path in (path for name in left for path in run.glob(name)):
         path.unlink(missing_ok=True)
 
 

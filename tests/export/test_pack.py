@@ -90,10 +90,10 @@ def test_refusals_leave_no_file(trained_run: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_test_image_that_is_gone_is_left_out(
+def test_test_images_that_are_gone_or_damaged_are_left_out(
     trained_run: Path, demo_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else a damaged one, whose only remedy is to delete it, would make the run useless."""
+    """Training does not read them: one of them must not make the run useless."""
     run, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(trained_run, run)
     shutil.copytree(demo_images, data)
@@ -101,8 +101,11 @@ def test_a_test_image_that_is_gone_is_left_out(
     record["data"]["root"] = str(data)
     (run / "run.json").write_text(json.dumps(record))
     (data / record["data"]["test"][3]).unlink()
-    assert export_run(run, tmp_path / "x.edgead").images == 9
-    assert "1 of the run's 10 images are gone" in caplog.text and "goes without" in caplog.text
+    damaged = data / record["data"]["test"][4]
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    assert export_run(run, tmp_path / "x.edgead").images == 8
+    assert "2 of the run's 10 images are gone or damaged, the first: " in caplog.text
+    assert "goes without" in caplog.text
     (data / record["data"]["validation"][0]).unlink()
-    with pytest.raises(ExportError, match="2 of the run's 10 images are gone"):
+    with pytest.raises(ExportError, match="3 of the run's 10 images are gone"):
         export_run(run, tmp_path / "y.edgead")

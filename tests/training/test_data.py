@@ -230,6 +230,30 @@ def test_plain(tmp_path: Path) -> None:
     assert " ".join(path.stem for path in held_out) == "002 003 004 022 025 029 038 040 041 042 048"
 
 
+def test_plain_with_a_folder_for_each_part(tmp_path: Path) -> None:
+    """Views have the same names in all folders: each has to be learned and tested."""
+    views = ("cam0", "cam1", "cam2", "cam3")
+    names = [f"good/{part:03}/{view}.png" for part in range(40) for view in views]
+    dataset = open_dataset(make(tmp_path, *names))
+    assert 16 <= len(dataset.test) <= 48  # 32 expected, three standard deviations
+    for view in views:
+        assert sum(path.stem == view for path in dataset.train) > 20
+        assert any(item.path.stem == view for item in dataset.test)
+
+
+@pytest.mark.parametrize("name", ["ok", "Good", "normal"])
+def test_good_parts_in_a_folder_that_would_be_a_defect_are_refused(tmp_path: Path, name: str) -> None:
+    make(mvtec(tmp_path), *numbered(f"test/{name}", 1))
+    with pytest.raises(DataError, match=f"test/{name}: by the layout mvtec .*rename the folder to good"):
+        open_dataset(tmp_path)
+
+
+def test_masks_beside_their_images_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, *(f"train/good/{name}" for name in ("a.jpg", "a_label.bmp", "b.jpg", "c_mask.png")))
+    assert len(open_dataset(tmp_path).train) == 3
+    assert "1 of the 4 images look like masks of others, the first is a_label.bmp" in caplog.text
+
+
 def test_plain_with_good_images_only(tmp_path: Path) -> None:
     dataset = open_dataset(make(tmp_path, *numbered("good", 3)))
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (1, 1, 1)
@@ -408,6 +432,25 @@ def test_fingerprint_sees_names_and_contents_of_the_training_images_only(tmp_pat
     changed = open_dataset(root).fingerprint()
     (root / "train/good/007.png").rename(root / "train/good/007a.png")  # the same place in the order
     assert len({before, changed, open_dataset(root).fingerprint()}) == 3
+
+
+def test_copies_of_training_images_among_the_validation_images_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_dataset(mvtec(tmp_path))
+    for index, path in enumerate((*dataset.train, *dataset.validation)):
+        path.write_bytes(bytes([index]))
+    dataset.warn_of_copies()
+    assert not caplog.text
+    dataset = open_dataset(tmp_path)
+    dataset.validation[1].write_bytes(dataset.train[7].read_bytes())
+    dataset.warn_of_copies()
+    expected = f"{dataset.validation[1]}, the same as {dataset.train[7]}"
+    assert "1 of the 2 validation images are copies" in caplog.text and expected in caplog.text
+    one = open_dataset(make(tmp_path / "one", "train/good/0.png"))  # serves as both
+    caplog.clear()
+    one.warn_of_copies()
+    assert not caplog.text
 
 
 def test_fingerprint_of_a_file_that_has_gone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert not resumed.exists() and (tmp_path / "resumed.safetensors.checkpoint").exists()
     with pytest.raises(TrainingError, match="other settings.*batch: 1 then, 2 now"):
         distill(natural_images, random_backbone, resumed, replace(CONFIG, batch=2), resume=True)
+    others = tmp_path / "others"
+    others.mkdir()
+    for number, path in enumerate(sorted(natural_images.iterdir())):  # as many, of other names
+        shutil.copy(path, others / f"{number}{path.suffix}")
+    with pytest.raises(TrainingError, match="other settings.*image_names"):
+        distill(others, random_backbone, resumed, CONFIG, resume=True)
     with pytest.raises(TrainingError, match="unfinished run; go on with --resume"):
         distill(natural_images, random_backbone, resumed, CONFIG)
     steps: list[int] = []
@@ -254,6 +261,9 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path, random_backbone: Pa
         ({"crop": (0.5, 1.2)}, "--crop 0.5 1.2"),
         ({"whiten": 1.5}, "--whiten 1.5"),
         ({"side_px": 100}, "--side 100"),
+        ({"optimizer": "adam"}, "--optimizer adam: choose one of muon, adamw"),
+        ({"loss": "l1"}, "--loss l1"),
+        ({"precision": "fp8"}, "--precision fp8"),
     ],
 )
 def test_settings_out_of_range_are_errors(changes: dict[str, object], message: str) -> None:

@@ -47,6 +47,29 @@ def test_a_damaged_member_is_named_by_its_place(tmp_path: Path) -> None:
         open_images(tmp_path / "x.tar").read(0)
 
 
+def test_a_shard_that_ends_early_is_refused(shards: Path, tmp_path: Path) -> None:
+    """tarfile itself takes a damaged header for the end, and says nothing of the images behind it."""
+    content = (shards / "train-000000.tar").read_bytes()
+    with tarfile.open(shards / "train-000000.tar") as file:
+        start, end = file.getmembers()[2].offset, file.offset
+    assert content[start : start + 3] != bytes(3) and content[end : end + 1024] == bytes(1024)
+    damaged = {
+        "a wrong byte": content[:start] + b"?" + content[start + 1 :],
+        "zeros": content[:start] + bytes(512) + content[start + 512 :],
+        "cut at a member": content[:start],
+        "cut in a header": content[: start + 100],
+        "cut in an image": content[: start + 600],
+        "cut before its end mark": content[:end],
+        "another behind it": content + content,
+    }
+    for name, part in damaged.items():
+        (tmp_path / "x.tar").write_bytes(part)
+        with pytest.raises(DataError, match="x.tar (is damaged or cut off|cannot be read)"):
+            print(name, len(open_images(tmp_path / "x.tar")))
+    (tmp_path / "x.tar").write_bytes(content[: end + 512])  # some writers are sparing
+    assert len(open_images(tmp_path / "x.tar")) == 4
+
+
 def test_what_is_no_set_is_refused(tmp_path: Path, shards: Path, natural_images: Path) -> None:
     with pytest.raises(DataError, match="cannot list this folder"):
         open_images(tmp_path / "none")

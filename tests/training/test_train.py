@@ -89,6 +89,53 @@ def test_nothing_to_do_is_an_error(options: dict[str, float]) -> None:
         TrainConfig(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["Muon", "Adam", "sgd"])
+def test_an_unknown_optimizer_is_an_error(name: str) -> None:
+    with pytest.raises(TrainingError, match=f"--optimizer {name}: choose one of muon, adam"):
+        TrainConfig(optimizer=name)  # type: ignore[arg-type]
+
+
+def test_two_trainings_into_one_folder(
+    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+) -> None:
+    """The second one must not take the files of the first, not even to resume what is not there yet."""
+    dataset, config = open_dataset(demo_images), TrainConfig(steps=2)
+    files = {"teacher": random_teacher, "penalty": natural_images}
+    problems = []
+
+    def again(*_: object) -> None:
+        with pytest.raises(TrainingError) as caught:
+            train(dataset, tmp_path / "run", config, resume=True, **files)
+        problems.append(str(caught.value))
+
+    train(dataset, tmp_path / "run", config, progress=again, **files)
+    assert len(problems) == 2 and "another process trains into" in problems[0]
+
+
+def test_what_killed_trainings_left_is_removed(
+    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".checkpoint.pt.0a1b2c3d.tmp", ".images-0123.bin.0a1b2c3d.tmp"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    files = {"teacher": random_teacher, "penalty": natural_images}
+    train(open_dataset(demo_images), tmp_path / "run", TrainConfig(steps=1), **files)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"detector.safetensors", "losses.csv", "run.json"}
+
+
+@pytest.mark.parametrize("folder", [".", "..", "test", "train/good"])
+def test_penalty_images_of_the_data_set_are_refused(
+    tmp_path: Path, demo_images: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    dataset, penalty = open_dataset(demo_images), demo_images / folder
+    with pytest.raises(TrainingError, match="penalty images in .* would be those of the data set"):
+        train(dataset, tmp_path / "run", TrainConfig(steps=1), penalty=penalty)
+    monkeypatch.setenv("EDGEAD_PENALTY_IMAGES", str(penalty))
+    with pytest.raises(TrainingError, match="penalty images in .* would be those of the data set"):
+        train(dataset, tmp_path / "run", TrainConfig(steps=1))
+
+
 def test_minutes_end_the_training(
     tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
 ) -> None:
