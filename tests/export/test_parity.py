@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from edgead.bundle import Bundle
 from edgead.errors import ExportError
-from edgead.export.parity import Flip, Parity, choose_golden, compare, taken
+from edgead.export.graph import MergedGraph
+from edgead.export.parity import RESIZED, Flip, Parity, choose_golden, compare, taken
+from edgead.export.to_onnx import to_onnx
 from edgead.image import list_images
 from edgead.training.run import read_run
+from tests.toy_method import Toy
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,57 @@ def test_nan_is_stopped(arguments: dict[str, object]) -> None:
     content = _damaged(arguments["onnx_content"], float("nan"))  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="NaN or infinite scores"):
         compare(**{**arguments, "onnx_content": content})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def resized(demo_images: Path) -> dict[str, object]:
+    """Without a graph: a model whose map shows every pixel."""
+    return {
+        "model": Toy(cell_px=1),
+        "images": list_images(demo_images / "test")[:3],
+        "precision": "fp32",
+        "calibration": np.array([1, 0], np.float32),
+        "threshold": 0.0,
+    }
+
+
+@pytest.mark.parametrize("frame", [(96, 128), (192, 256)])
+def test_values_between_two_grey_levels_do_not_stop_a_graph_that_resizes(
+    resized: dict[str, object], frame: tuple[int, int]
+) -> None:
+    """At these sizes many values are exactly x.5, and host and graph round some to different sides."""
+    content = to_onnx(MergedGraph(resized["model"], frame=frame))  # type: ignore[arg-type]
+    parity, golden = compare(**resized, onnx_content=content, frame=frame)  # type: ignore[arg-type]
+    assert 0 < parity.resized < RESIZED
+    assert parity.score_deviation < 1e-4 and parity.map_deviation < 1e-4
+    assert golden.images.shape[1:] == (*frame, 3)
+
+
+class _Shifted(torch.nn.Module):
+    """A resize that adds to one column of pixels in `every`."""
+
+    def __init__(self, resize: torch.nn.Module, levels: float, every: int) -> None:
+        super().__init__()
+        self.resize = resize
+        self.register_buffer("shift", torch.zeros(64, 3))
+        self.shift[::every] = levels
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.resize(images) + self.shift
+
+
+@pytest.mark.parametrize(
+    ("levels", "every", "message"),
+    [(0.9, 32, r"another grey level on [23]\.\d+% of"), (2.0, 64, "by more than one grey level")],
+)
+def test_a_resize_that_is_not_the_host_s_is_stopped(
+    resized: dict[str, object], levels: float, every: int, message: str
+) -> None:
+    """0.9 of a level changes nine values of ten, in 2 of 64 columns."""
+    graph = MergedGraph(resized["model"], frame=(96, 128))  # type: ignore[arg-type]
+    graph.resize = _Shifted(graph.resize, levels, every)
+    with pytest.raises(ExportError, match=message):
+        compare(**resized, onnx_content=to_onnx(graph), frame=(96, 128))  # type: ignore[arg-type]
 
 
 def test_large_frames_are_compared_on_fewer_images() -> None:
