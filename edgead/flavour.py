@@ -119,7 +119,7 @@ def open_flavour(name: str) -> Flavour:
         if error.name != module_name:
             raise _not_importable(module_name, error) from error
         raise EngineError(f"{name} is not installed. {_INSTALL[name]}") from None
-    except (ImportError, OSError) as error:
+    except Exception as error:  # RuntimeError, say: a plugin library cannot be loaded
         raise _not_importable(module_name, error) from error
     version = str(getattr(module, "__version__", ""))
     if not hasattr(module, "Builder") or not _version_tuple(version):
@@ -139,9 +139,7 @@ def _check_version(name: str, version: str) -> None:
             f"{_INSTALL[name]}"
         )
     if name == CLASSIC and found[:3] == (10, 2, 0):
-        raise EngineError(
-            "tensorrt 10.2.0 is known as a faulty version; install 10.3 or newer, or 10.1"
-        )
+        raise EngineError("tensorrt 10.2.0 is known as a faulty version; install 10.3 or newer, or 10.1")
 
 
 def _version_tuple(version: str) -> tuple[int, ...]:

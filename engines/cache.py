@@ -66,12 +66,20 @@ class Entry:
 
 
 def default_folder() -> Path:
-    """The environment variable EDGEAD_CACHE, else edgead/engines in the user's cache folder."""
-    named = os.environ.get("EDGEAD_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgead" / "engines"
+    """The environment variable EDGEAD_CACHE, else edgead/engines in the user's cache folder.
+
+    Raises:
+        EngineError: The user has no home folder, as in a container that was started with `--user`.
+    """
+    named, base = os.environ.get("EDGEAD_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if named:
+            return Path(named).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "edgead" / "engines"
+    except RuntimeError as error:
+        raise EngineError(
+            f"no folder for the engines ({error}): set EDGEAD_CACHE to one that only this user can write"
+        ) from None
 
 
 def now_utc() -> str:

@@ -558,6 +558,9 @@ def test_engine_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEAD_CACHE", str(tmp_path / "file"))
     finding = system.check_cache()
     assert finding.state == PROBLEM and "EDGEAD_CACHE" in finding.remedy
+    monkeypatch.setenv("EDGEAD_CACHE", "~no-such-user/engines")
+    finding = system.check_cache()
+    assert finding.state == PROBLEM and "EDGEAD_CACHE" in finding.remedy
     monkeypatch.setenv("EDGEAD_CACHE", str(tmp_path))
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 2**20, 2**20))

@@ -66,6 +66,7 @@ def test_opens_a_classic_library(
         ("__version__ = 'unknown'\nclass Builder: ...", "is not TensorRT"),
         ("import tensorrt_bindings_that_nobody_has", "No module named 'tensorrt_bindings_that"),
         ("raise FileNotFoundError('Could not find: nvinfer_10.dll')", "Could not find: nvinfer_10.dll"),
+        ("raise RuntimeError('failed to load plugins')", "cannot be imported: failed to load plugins"),
     ],
 )
 def test_refuses_what_cannot_work(install: Callable[[str], None], source: str, message: str) -> None:

@@ -12,6 +12,7 @@ from edgead import __version__
 from edgead.doctor.finding import NOTE, OK, PROBLEM, Finding
 from edgead.doctor.hardware import is_container, text
 from edgead.doctor.probe import Answer
+from edgead.errors import EngineError
 
 SMALL_MEMORY_MIB = 12 * 1024  # builds that were killed are reported from boards with 8 GB
 LITTLE_SPACE_MIB = 1024
@@ -67,7 +68,10 @@ def check_cache() -> Finding:
     """Whether engines can be kept."""
     from edgead.engines.cache import default_folder, entries
 
-    folder = default_folder()
+    try:
+        folder = default_folder()
+    except EngineError as error:
+        return Finding("engine cache", PROBLEM, str(error), "set EDGEAD_CACHE to a folder")
     name = show(folder)
     place = next(path for path in (folder, *folder.parents) if path.exists())
     elsewhere = "make it writable, or set EDGEAD_CACHE to a folder that is"

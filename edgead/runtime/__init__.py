@@ -136,10 +136,11 @@ def _try(bundle: Bundle, name: str, threads: int | None) -> tuple[Backend | None
         if name == "onnxruntime":
             return opened, "it runs on any CPU"
         result = replay(opened, bundle)
-    except BackendError as error:
+    except Exception as error:  # a library that is half updated raises anything, also when imported
         if opened is not None:
             opened.close()
-        return None, f"it failed ({error})"
+        kind = "" if isinstance(error, BackendError) else f"{type(error).__name__}: "
+        return None, f"it failed ({kind}{error})"
     if result.ok:
         samples = f"all {result.images} golden samples{result.near}"
         return opened, f"it gives the verdicts of the reference on {samples}"

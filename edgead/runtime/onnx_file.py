@@ -61,7 +61,7 @@ def read_graph(content: bytes, origin: str) -> OnnxGraph:
     """
     try:
         import onnx
-    except ImportError as error:
+    except Exception as error:  # TypeError, say: it was built for another protobuf
         raise BackendError(
             f"the graph of {origin} cannot be read, the package onnx cannot be imported ({error}): "
             "pip install onnx"

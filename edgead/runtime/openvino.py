@@ -41,7 +41,7 @@ class OpenVinoBackend:
         """
         try:
             from openvino import Core, __version__  # a folder of this name imports, but has neither
-        except ImportError as error:
+        except Exception as error:  # AttributeError, say: it was built for another NumPy
             raise BackendError(
                 f"back end openvino cannot be imported ({error}): pip install openvino"
             ) from error

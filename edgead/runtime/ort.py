@@ -34,7 +34,7 @@ class OrtBackend:
         """
         try:
             import onnxruntime
-        except ImportError as error:
+        except Exception as error:  # AttributeError, say: it was built for another NumPy
             raise BackendError(
                 f"back end onnxruntime cannot be imported ({error}): pip install onnxruntime"
             ) from error

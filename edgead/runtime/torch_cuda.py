@@ -175,7 +175,7 @@ class TorchCudaBackend:
 def _import_torch() -> Any:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing
+    except Exception as error:  # OSError, say: one of its shared libraries is missing
         raise BackendError(
             f"back end torch-cuda cannot be imported ({error}): install a CUDA build of PyTorch "
             "(https://pytorch.org/get-started): pip install torch"

@@ -57,6 +57,18 @@ def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache.default_folder() == tmp_path / ".cache" / "edgead" / "engines"
 
 
+def test_the_folder_in_a_home_that_has_to_be_looked_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("EDGEAD_CACHE", "~/engines")  # as a service file has it: no shell expands it
+    assert cache.default_folder() == tmp_path / "engines"
+
+    monkeypatch.setenv("EDGEAD_CACHE", "~no-such-user/engines")
+    with pytest.raises(EngineError, match=r"no folder .*home directory.*: set EDGEAD_CACHE"):
+        cache.default_folder()
+
+
 def test_stores_a_readable_pair_and_finds_it(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "engines"
     assert cache.find(folder, "bottle", KEY) is None and cache.entries(folder) == []

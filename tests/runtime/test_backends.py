@@ -320,6 +320,43 @@ def test_a_folder_that_has_openvinos_name(tiny_bundle: Path) -> None:
     assert run_without("nothing", folder + OPEN, tiny_bundle, "auto").stdout.strip() == "onnxruntime"
 
 
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("openvino", "openvino"), ("torch", "torch-cuda"), ("onnx", "torch-cuda"), ("onnxruntime",) * 2],
+)
+def test_a_broken_library_is_a_reason_and_no_end(
+    package: str, name: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Packages raise anything when they are imported: here what one made for NumPy 1 says on NumPy 2."""
+    if name == "torch-cuda":
+        need("torch")
+    folder = tmp_path / package
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise AttributeError('no attribute bool')")
+    first = f"sys.path.insert(0, {str(tmp_path)!r})\n"
+    asked = run_without("nothing", first + OPEN, tiny_bundle, name).stdout
+    assert asked.startswith("BackendError") and "cannot be imported (no attribute bool)" in asked
+    if package == "openvino":
+        assert run_without("nothing", first + OPEN, tiny_bundle, "auto").stdout.strip() == "onnxruntime"
+
+
+def test_auto_passes_over_a_back_end_that_fails_in_its_own_way(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    need("openvino")
+
+    def infer(*_: object) -> None:
+        raise TypeError("half updated")
+
+    monkeypatch.setattr(
+        "edgead.runtime._why_not", lambda name: "" if name in CPU_BACKENDS else "not now"
+    )
+    monkeypatch.setattr("edgead.runtime.openvino.OpenVinoBackend.infer", infer)
+    with caplog.at_level(logging.INFO, "edgead.runtime"):
+        assert open_backend(Bundle.open(tiny_bundle), threads=1).name == "onnxruntime"
+    assert "not openvino: it failed (TypeError: half updated)" in caplog.text
+
+
 def test_without_onnxruntime(tiny_bundle: Path) -> None:
     need("openvino")
     assert run_without("onnxruntime", OPEN, tiny_bundle, "openvino").stdout.strip() == "openvino"

@@ -251,7 +251,7 @@ def _version() -> str:
 def _import_driver() -> Any:
     try:
         from cuda.bindings import driver
-    except ImportError as error:
+    except Exception as error:  # whatever a half updated package raises
         raise BackendError(
             f'cuda.bindings cannot be imported ({error}): pip install "edgead[tensorrt]", '
             "or set EDGEAD_CUDA=pycuda"
