@@ -14,7 +14,8 @@ UTF-8 JSON, exactly as `Sidecar.to_bytes` writes it: a reader refuses any other 
     engine     file: name of the engine, in the same folder; sha256: hexadecimal; size_bytes
     built      utc: "2026-01-31T12:00:00Z"; seconds: of the build; edgead: version
     verified   null, or the check that the engine gives the verdicts of the reference: utc, gpu, driver
-               (of the box that checked), replay (the figures of `edgead.runtime.Replay`)
+               (of the box that checked), replay (the figures of `edgead.runtime.Replay`, with the
+               threshold and calibration for which they hold)
     checksum   SHA-256 of this file without this field
 
 What is NOT protected: the checksums detect accidents, not forgery. Whoever can write the folder can put

@@ -37,7 +37,8 @@ class Prepared:
         plan: Its bytes; where they came from a file, size and SHA-256 were checked.
         sidecar: What it was built from and for.
         path: Its file; None while it is only in memory.
-        verified: It has given the verdicts of the reference, on this GPU with this driver.
+        verified: It has given the verdicts of the reference, on this GPU with this driver and with the
+            threshold and calibration of this bundle.
         reason: Why it was built, or `CACHED`.
         folder: The cache.
         gpu: The GPU that it was prepared for, if it is at hand.
@@ -105,11 +106,9 @@ def prepare_engine(
     found = _look_up(folder, bundle, wanted, free)
     if found.entry and found.plan is not None and not rebuild:
         sidecar = found.entry.sidecar
-        is_verified = _holds_here(sidecar.verified, gpu)
+        is_verified = _holds_here(sidecar.verified, gpu, bundle)
         path = found.entry.engine_path
-        return Prepared(
-            found.plan, sidecar, path, is_verified, found.reason, folder, gpu, found.entry
-        )
+        return Prepared(found.plan, sidecar, path, is_verified, found.reason, folder, gpu, found.entry)
     refused = found.entry if rebuild and found.plan is not None else None
     reason = rebuild or found.reason
     key = _like(wanted, found.entry, free)
@@ -342,11 +341,15 @@ def _target(flavour: Flavour, gpu: GpuInfo | None, target: str | None) -> str:
     return chosen
 
 
-def _holds_here(verified: Verification | None, gpu: GpuInfo | None) -> bool:
+def _holds_here(verified: Verification | None, gpu: GpuInfo | None, bundle: Bundle) -> bool:
+    if verified is None or gpu is None:
+        return False
+    manifest = bundle.manifest
     return (
-        verified is not None
-        and gpu is not None
-        and (verified.gpu, verified.driver) == (gpu.name, gpu.driver)
+        (verified.gpu, verified.driver) == (gpu.name, gpu.driver)
+        # Older records have neither.
+        and verified.replay.get("threshold") == manifest.threshold.value
+        and verified.replay.get("calibration") == list(manifest.calibration.values)
     )
 
 

@@ -41,7 +41,9 @@ class Replay:
         flips: Samples with another verdict at the threshold of the manifest, by more than rounding.
         rounded: Number of samples with another verdict by rounding alone.
         tolerance: Deviations above it are a fault and no rounding: 5 % of the spread of the golden
-            scores or of the threshold, whichever is larger.
+            scores or of the threshold, whichever is larger; a threshold above them all counts as much as
+            the largest of them, because a high one would let everything pass.
+        threshold, calibration: Those of the manifest, with which all this was found.
     """
 
     images: int
@@ -52,6 +54,8 @@ class Replay:
     flips: tuple[Flip, ...]
     rounded: int
     tolerance: float
+    threshold: float
+    calibration: tuple[float, ...]
 
     @property
     def ok(self) -> bool:
@@ -88,7 +92,8 @@ def replay(backend: Backend, bundle: Bundle) -> Replay:
     spread = float(np.ptp(reference))
     relative = score_deviation / spread if spread else math.inf
     expected, got = reference >= threshold, scores >= threshold
-    is_rounding = np.abs(scores - reference) <= ROUNDING * (spread or abs(threshold))
+    scale = min(abs(threshold), float(np.abs(reference).max()))
+    is_rounding = np.abs(scores - reference) <= ROUNDING * (spread or scale)
     differ = expected != got
     flipped = differ & ~is_rounding
     return Replay(
@@ -99,7 +104,9 @@ def replay(backend: Backend, bundle: Bundle) -> Replay:
         margin=float(np.abs(reference - threshold).min()),
         flips=tuple(Flip(int(i), bool(expected[i]), bool(got[i])) for i in np.flatnonzero(flipped)),
         rounded=int((differ & is_rounding).sum()),
-        tolerance=TOLERANCE * max(spread, abs(threshold)),
+        tolerance=TOLERANCE * max(spread, scale),
+        threshold=float(threshold),
+        calibration=tuple(map(float, bundle.manifest.calibration.values)),
     )
 
 

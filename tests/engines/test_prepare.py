@@ -23,7 +23,14 @@ from edgead.flavour import Flavour
 from edgead.runtime.cuda import GpuInfo
 from tests.fake_tensorrt import make
 
-REPLAY = {"images": 4, "score_deviation": 0.001, "relative_score_deviation": math.inf, "flips": ()}
+REPLAY = {
+    "images": 4,
+    "score_deviation": 0.001,
+    "relative_score_deviation": math.inf,
+    "flips": (),
+    "threshold": 0.4,  # as the tiny bundle has it
+    "calibration": (2.0, 1.0, -0.05),
+}
 
 
 @pytest.fixture
@@ -54,7 +61,12 @@ def test_built_accepted_and_taken(
     (entry,) = cache.entries(engines)
     verified = entry.sidecar.verified
     assert verified and (verified.gpu, verified.driver) == (gpu.name, gpu.driver)
-    assert verified.replay == {**REPLAY, "relative_score_deviation": "inf", "flips": []}
+    assert verified.replay == {
+        **REPLAY,
+        "relative_score_deviation": "inf",
+        "flips": [],
+        "calibration": [2.0, 1.0, -0.05],
+    }
     assert caplog.text == ""
 
 
@@ -84,6 +96,27 @@ def test_built_ahead_of_time_and_verified_on_first_use(
     assert not prepare_engine(tiny_opened, rtx, other).verified
     assert not prepare_engine(tiny_opened, rtx, None, target="sm86").verified
     assert len(cache.entries(engines)) == 1
+
+
+def test_another_threshold_or_calibration_has_to_be_proven_anew(
+    tiny: Any, tiny_opened: Bundle, rtx: Flavour, gpu: GpuInfo, engines: Path, tmp_path: Path
+) -> None:
+    accept(prepare_engine(tiny_opened, rtx, gpu), REPLAY)
+    threshold = dataclasses.replace(tiny.manifest.threshold, value=0.5)
+    calibration = dataclasses.replace(tiny.manifest.calibration, values=(2.0, 1.0, -0.04))
+    for change, figures in (
+        ({"threshold": threshold}, {"threshold": 0.5}),
+        ({"calibration": calibration}, {"calibration": (2.0, 1.0, -0.04)}),
+    ):
+        other = Bundle.open(tiny.write(tmp_path / "other.edgead", **change))
+        found = prepare_engine(other, rtx, gpu)
+        assert not found.is_new and not found.verified
+        accept(found, {**REPLAY, **figures})
+        assert prepare_engine(other, rtx, gpu).verified
+        assert not prepare_engine(tiny_opened, rtx, gpu).verified
+    # What edgead wrote before these figures were kept.
+    accept(prepare_engine(tiny_opened, rtx, gpu), {"images": 4})
+    assert not prepare_engine(tiny_opened, rtx, gpu).verified
 
 
 def test_an_engine_copied_from_another_machine(
@@ -433,7 +466,7 @@ bundle, flavour = Bundle.open(sys.argv[1]), open_flavour("tensorrt-rtx")
 print("ready", flush=True)
 sys.stdin.readline()
 prepared = prepare_engine(bundle, flavour, gpu, folder=Path(sys.argv[2]), batches=(1, 4))
-path = accept(prepared, {"images": 4})
+path = accept(prepared, {"threshold": 0.4, "calibration": (2.0, 1.0, -0.05)})
 print(json.dumps({"new": prepared.is_new, "plan": len(prepared.plan), "path": str(path)}))
 """
 

@@ -416,6 +416,16 @@ def test_replay_of_numbers_that_are_not_finite_is_never_ok(
     assert np.inf in (result.score_deviation, result.map_deviation)
 
 
+def test_a_threshold_above_all_scores_does_not_make_the_check_blind(tiny: Any, tmp_path: Path) -> None:
+    """5 % of 30 would be as much as the largest golden score: this back end sees nothing at all."""
+    high = Threshold(value=30.0, basis="set by hand")
+    bundle = Bundle.open(tiny.write(tmp_path / "high.edgead", threshold=high))
+    largest = float(tiny.golden.scores.max())
+    result = replay(Constant(0.0, 0.0), bundle)  # type: ignore[arg-type]
+    assert not result.ok and result.tolerance == pytest.approx(0.05 * largest, rel=0.1)
+    assert (result.threshold, result.calibration) == (30.0, (2.0, 1.0, -0.05))
+
+
 def test_wrong_maps_are_a_fault_even_with_the_right_verdicts(tiny: Any, tmp_path: Path) -> None:
     """A map off by a tenth of the scale of the scores; rounding in bf16 makes less than a hundredth."""
     golden = tiny.golden
