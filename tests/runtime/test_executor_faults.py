@@ -322,7 +322,8 @@ def test_five_hundred_executors(tiny: Any, new_device: Make, tiny_bundle: Path) 
                 gc.collect()
                 before = tracemalloc.get_traced_memory()[0]
         gc.collect()
-        assert tracemalloc.get_traced_memory()[0] - before < 50_000  # a hundred bytes each
+        # Mostly 1 kB; other threads of this process may be at work. Executors that stay take far more.
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000
     finally:
         tracemalloc.stop()
     for _ in range(50):
