@@ -54,6 +54,7 @@ golden scores are right is for `edgead.runtime.replay`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -153,6 +154,42 @@ def write_bundle(
         BundleError: The parts do not fit together; nothing was written.
         OSError: The file cannot be written.
     """
+    manifest, members = _parts(manifest, model_bytes, golden)
+    _write(Path(path), {MANIFEST: manifest.to_json().encode(), **members})
+
+
+def rewrite_bundle(
+    bundle: Bundle, path: str | os.PathLike[str], manifest: Manifest, golden: Golden
+) -> None:
+    """Writes an opened bundle with another manifest and other golden samples, as `write_bundle` does.
+
+    Fields of a newer minor stay as they are.
+
+    Args:
+        path: Where to; the file that was opened, or another one.
+
+    Raises:
+        BundleError: As `write_bundle`; or the file that is to be replaced is no longer the one that was
+            opened.
+        OSError: The file cannot be written.
+    """
+    manifest, members = _parts(manifest, bundle.model_bytes(), golden)
+    old, new = parse_json(bundle._members[MANIFEST]), dataclasses.asdict(manifest)
+    for part in ("input", "calibration", "threshold"):
+        new[part] = old[part] | new[part]
+    for part in ("outputs", "members"):
+        new[part] = {name: old[part][name] | item for name, item in new[part].items()}
+
+    def check() -> None:
+        if Path(path).resolve() == bundle.path.resolve():
+            if Bundle.open(path)._members != bundle._members:
+                raise BundleError("it was changed meanwhile by another command; run this one again")
+
+    _write(Path(path), {MANIFEST: dump_json(old | new).encode(), **members}, check)
+
+
+def _parts(manifest: Manifest, model_bytes: bytes, golden: Golden) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest with the checksums of the other members, and these."""
     members = {
         MODEL: bytes(model_bytes),
         GOLDEN_IMAGES: _npy_bytes(golden.images),
@@ -162,8 +199,7 @@ def write_bundle(
     digests = {
         name: Member(sha256=_sha256(content), bytes=len(content)) for name, content in members.items()
     }
-    text = dataclasses.replace(manifest, members=digests).to_json()
-    _write(Path(path), {MANIFEST: text.encode(), **members})
+    return dataclasses.replace(manifest, members=digests), members
 
 
 def set_threshold(
@@ -300,8 +336,11 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, members: Mapping[str, bytes]) -> None:
-    """Writes the members in the order of the format, verifies the new file, then puts it in place."""
+def _write(path: Path, members: Mapping[str, bytes], check: Callable[[], None] | None = None) -> None:
+    """Writes the members in the order of the format, verifies the new file, then puts it in place.
+
+    `check` comes last before that, and may refuse.
+    """
 
     def fill(file: BinaryIO) -> None:
         storedzip.write_members(file, {name: members[name] for name in MEMBERS})
@@ -309,6 +348,8 @@ def _write(path: Path, members: Mapping[str, bytes]) -> None:
     def verify(temporary: Path) -> None:
         with temporary.open("rb") as file:
             Bundle(path, *_read(file))
+        if check:
+            check()
 
     try:
         _write_atomically(path, fill, verify)
@@ -326,4 +367,14 @@ def _write_atomically(
             fill(file)
         verify(temporary)
         if target.exists():
+            _keep_owner(target, temporary)
             shutil.copymode(target, temporary)
+
+
+def _keep_owner(target: Path, temporary: Path) -> None:
+    """After `sudo edgead ...` the file is still that of its user, as far as this process may give it."""
+    if hasattr(os, "chown"):
+        now = target.stat()
+        for owner in ((-1, now.st_gid), (now.st_uid, -1)):
+            with contextlib.suppress(PermissionError):
+                os.chown(temporary, *owner)

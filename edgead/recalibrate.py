@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgead import calibration
-from edgead.bundle import Bundle, Golden, write_bundle
+from edgead.bundle import Bundle, Golden, rewrite_bundle
 from edgead.errors import BackendError, BundleError, DataError
 from edgead.health import HEALTH, HealthProfile
 from edgead.image import read_image
@@ -72,7 +72,7 @@ def recalibrate(
 
     Raises:
         DataError: no images, or one that cannot be read. TrainingError: a rate out of range.
-        BundleError, BackendError.
+        BundleError: also when another command changed the bundle meanwhile. BackendError.
     """
     if not images:
         raise DataError(f"{path}: recalibration needs images of good parts, and there are none")
@@ -107,7 +107,7 @@ def recalibrate(
         model=manifest.model | {HEALTH: HealthProfile.of(map(read_image, images)).to_dict()},
         provenance=manifest.provenance | {HISTORY: [*_history(manifest), _state(manifest)][-KEPT:]},
     )
-    write_bundle(out or path, after, bundle.model_bytes(), _answered(bundle, constants))
+    rewrite_bundle(bundle, out or path, after, _answered(bundle, constants))
     rejected = int((old >= manifest.threshold.value).sum())
     return Recalibration(
         len(images), manifest.threshold.value, threshold.value, threshold.claim, rejected
@@ -122,7 +122,7 @@ def undo(path: Path, *, out: Path | None = None) -> Recalibration:
         out: Where to write; default: `path` itself, atomically.
 
     Raises:
-        BundleError: the bundle was never recalibrated.
+        BundleError: the bundle was never recalibrated, or another command changed it meanwhile.
     """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
@@ -142,7 +142,7 @@ def undo(path: Path, *, out: Path | None = None) -> Recalibration:
         model={name: value for name, value in manifest.model.items() if name != HEALTH} | state["model"],
         provenance=provenance,
     )
-    write_bundle(out or path, restored, bundle.model_bytes(), golden)
+    rewrite_bundle(bundle, out or path, restored, golden)
     return Recalibration(0, manifest.threshold.value, threshold.value, threshold.basis, 0)
 
 

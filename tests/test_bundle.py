@@ -180,6 +180,19 @@ def test_set_threshold_keeps_mode_link_and_fields_of_a_newer_minor(
     assert Bundle.open(path).manifest.format == (1, 7)
 
 
+@pytest.mark.skipif(
+    getattr(os, "geteuid", lambda: 1)() != 0, reason="only root may give a file to another user"
+)
+def test_a_bundle_stays_that_of_its_user(tiny: Any, tmp_path: Path) -> None:
+    """After `sudo edgead set-threshold` the line, which is no root, still has to read it."""
+    path = tiny.write(tmp_path / "a.edgead")
+    path.chmod(0o600)
+    os.chown(path, 12345, 12346)
+    set_threshold(path, 0.5)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (12345, 12346, 0o600)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, "0.5", None, True])
 def test_set_threshold_refuses_what_is_not_a_finite_number(
     value: Any, tiny: Any, tmp_path: Path

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
-from edgead.bundle import Bundle
+from edgead.bundle import Bundle, set_threshold
 from edgead.calibration import choose_threshold
 from edgead.cli import main
 from edgead.detector import load
@@ -89,6 +92,40 @@ def test_undo_brings_back_what_was_before_step_by_step(bundle: Path, good: Path)
         assert main(["verify", str(bundle), "--backend", "onnxruntime"]) == 0
     with pytest.raises(BundleError, match="was never recalibrated"):
         undo(bundle)
+
+
+def test_what_happened_meanwhile_is_not_undone(bundle: Path, good: Path) -> None:
+    """The passes take minutes: another command may give the bundle a threshold, or an export a graph."""
+
+    def changed(done: int, total: int) -> None:
+        if done == 3:
+            set_threshold(bundle, 0.123)
+
+    with pytest.raises(BundleError, match="not written, it was changed meanwhile .* run this one again"):
+        recalibrate(bundle, list_images(good), backend="onnxruntime", progress=changed)
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.threshold.value == 0.123 and HISTORY not in manifest.provenance
+    other = bundle.with_name("other.edgead")  # takes nothing away
+    recalibrate(bundle, list_images(good), out=other, backend="onnxruntime", progress=changed)
+    assert HISTORY in Bundle.open(other).manifest.provenance
+
+
+def test_fields_of_a_newer_minor_stay(
+    good: Path, tmp_path: Path, rewrite_manifest: Callable[..., Path]
+) -> None:
+    def newer(data: dict[str, Any]) -> None:
+        data |= {"format": [1, 1], "lens": "f8"}
+        for part in (data["input"], data["threshold"], data["members"]["model.onnx"]):
+            part["more"] = 7
+
+    path = rewrite_manifest(tmp_path / "part.edgead", newer)
+    recalibrate(path, list_images(good), backend="onnxruntime")
+    undo(path)
+    with zipfile.ZipFile(path) as file:
+        data = json.loads(file.read("manifest.json"))
+    assert (data["format"], data["lens"], data["input"]["more"]) == ([1, 1], "f8", 7)
+    assert data["threshold"]["more"] == data["members"]["model.onnx"]["more"] == 7
+    assert Bundle.open(path).manifest.format == (1, 1)
 
 
 def test_command(bundle: Path, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
