@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Gives a temporary name beside `path` to write to; it takes the place of `path` when all went well.
 
     If the body raises, `path` keeps what it held and the temporary file is removed. With `sync` this
-    holds after a power cut, too (some milliseconds per file).
+    holds after a power cut, too (some milliseconds per file), where the file system can sync folders.
+
+    Raises:
+        OSError: It names `path`, not the temporary file.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -22,10 +26,18 @@ def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
         if sync:
             _sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary), temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if sync:
-        _sync(path.parent)  # the new name itself must reach the disk
+        try:
+            _sync(path.parent)  # the new name itself must reach the disk
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and some of FUSE sync no folders
+                raise
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +42,40 @@ def test_the_body_may_leave_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a.txt"):
         pass
     assert names(tmp_path) == []
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.mkdir()  # as little to be replaced as a file that is mounted into a container
+    with pytest.raises(OSError) as caught:
+        write_text(path, "x")
+    assert (caught.value.filename, caught.value.filename2) == (str(path), None)
+    assert names(tmp_path) == ["a.txt"]
+    with pytest.raises(FileNotFoundError) as caught, whole_file(path):
+        (tmp_path / "source").read_bytes()
+    assert caught.value.filename == str(tmp_path / "source")  # an error of another file
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="No space left") as caught, whole_file(path) as temporary:
+        temporary.write_text("x")
+        Path("/dev/full").write_text("x")
+    assert caught.value.filename == str(path) and names(tmp_path) == []
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")  # what CIFS says
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a.txt", "x")
+    assert (tmp_path / "a.txt").read_text() == "x"
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
