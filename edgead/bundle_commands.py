@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 
@@ -42,18 +43,12 @@ def inspect(arguments: argparse.Namespace) -> None:
         ),
     }
     if limit.upper_bound is not None:
-        rows["false rejects"] = (
-            f"at most {limit.upper_bound:.1%} ({limit.confidence:.0%} confidence,"
-            f" {limit.good_images} good images); target {limit.target_false_reject_rate:.2%}"
-        )
+        rows["false rejects"] = _false_rejects_text(limit)
     if parity:
         since = ", before it was recalibrated" if manifest.provenance.get(HISTORY) else ""
-        rows["parity"] = (
-            f"at export{since}: {parity['images']} images, score deviation"
-            f" {parity['score_deviation']:.1e} of the spread, {len(parity['flips'])} flips"
-        )
+        rows["parity"] = f"at export{since}: {_or_as_it_is(_parity_text, parity)}"
     if reduction := manifest.model.get("reduction"):
-        rows["reduction"] = _reduction_text(reduction)
+        rows["reduction"] = _or_as_it_is(_reduction_text, reduction)
     rows |= {
         f"{part}.{key}": _cut(json.dumps(value))
         for part in ("model", "provenance")
@@ -68,6 +63,31 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def _cut(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[:most]} … (--json shows all)"
+
+
+def _or_as_it_is(text: Callable[[Any], str], value: Any) -> str:
+    """The text of what `edgead export` writes; the format leaves it free to other tools."""
+    try:
+        return text(value)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return _cut(json.dumps(value))
+
+
+def _false_rejects_text(limit: Any) -> str:
+    about = {
+        "{:.0%} confidence": limit.confidence,
+        "{} good images": limit.good_images,
+        "target {:.2%}": limit.target_false_reject_rate,
+    }
+    said = [text.format(value) for text, value in about.items() if value is not None]
+    return ", ".join([f"at most {limit.upper_bound:.1%}", *said])
+
+
+def _parity_text(parity: dict[str, Any]) -> str:
+    return (
+        f"{parity['images']} images, score deviation {parity['score_deviation']:.1e} of the spread,"
+        f" {len(parity['flips'])} flips"
+    )
 
 
 def _reduction_text(reduction: dict[str, Any]) -> str:
@@ -90,7 +110,10 @@ def _graph_text(content: bytes) -> str:
         from edgead.export.to_onnx import describe
     except ModuleNotFoundError:
         return f'{len(content) / 2**20:.1f} MiB of ONNX; for its nodes: pip install "edgead[export]"'
-    graph = describe(content)
+    try:
+        graph = describe(content)
+    except Exception as error:  # of protobuf: nothing of the graph is checked when a bundle is opened
+        return f"{len(content) / 2**20:.1f} MiB that are no ONNX graph ({error})"
     nodes: Any = graph["nodes"]
     return f"opset {graph['opset']}, {sum(nodes.values())} nodes: " + ", ".join(
         f"{count} {name}" for name, count in nodes.items()

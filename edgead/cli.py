@@ -157,7 +157,11 @@ def _add_bundle_commands(command: _Command) -> None:
 
 
 def _add_inspection_commands(command: _Command) -> None:
-    sub = command("predict", commands.predict, "Inspect images; one line each.")
+    sub = command(
+        "predict",
+        commands.predict,
+        "Inspect images; one line each. Status 1 if one could not be inspected.",
+    )
     _add_bundle(sub)
     sub.add_argument(
         "paths", type=Path, nargs="+", metavar="PATH", help="image, or folder searched recursively"
@@ -167,7 +171,11 @@ def _add_inspection_commands(command: _Command) -> None:
         "--heatmaps", type=Path, metavar="DIR", help="write every image with its heat map here"
     )
 
-    sub = command("evaluate", commands.evaluate, "Measure a bundle on the test images of a data set.")
+    sub = command(
+        "evaluate",
+        commands.evaluate,
+        "Measure a bundle on the test images of a data set. Status 1 if one could not be inspected.",
+    )
     _add_bundle(sub)
     sub.add_argument("data", type=Path, metavar="DATA")
     sub.add_argument("--json", type=Path, metavar="FILE")

@@ -133,7 +133,7 @@ def _check_target(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path}: its folder cannot be made: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(path.resolve().parent, os.W_OK):  # links are written through
         raise DataError(f"{path}: files cannot be written in this folder; name another one")
 
 
@@ -163,6 +163,10 @@ def export(arguments: argparse.Namespace) -> None:
             f"  within the margin of {parity.margin:.3g}: {flip.image}:"
             f" {flip.reference:.5g} -> {flip.exported:.5g}"
         )
+    _tell_of(lost)
+
+
+def _tell_of(lost: str) -> None:
     if lost:
         print(f"  this replaced a bundle with {lost}: give it that again, if it still holds")
 
@@ -187,14 +191,26 @@ def _own_values(bundle: Path) -> str:
 def recalibrate(arguments: argparse.Namespace) -> None:
     from edgead.recalibrate import recalibrate, undo
 
-    if arguments.undo and arguments.false_reject is not None:
-        raise DataError("--false-reject is for a new calibration: leave out --undo, or it")
+    measures = {
+        "--false-reject": arguments.false_reject is not None,
+        "--backend": arguments.backend != "auto",
+        "--threads": arguments.threads is not None,
+    }
+    if arguments.undo and any(measures.values()):
+        given = ", ".join(name for name, is_given in measures.items() if is_given)
+        raise DataError(f"{given} is for a new calibration: leave out --undo, or it")
+    lost = ""
     if arguments.out:
         _check_target(arguments.out)
+        if arguments.out.resolve() != arguments.bundle.resolve():
+            lost = _own_values(arguments.out)
+    elif arguments.bundle.is_file():
+        _check_target(arguments.bundle)
     if arguments.undo:
         back = undo(arguments.bundle, out=arguments.out)
         written = arguments.out or arguments.bundle
         print(f"{written}: threshold {back.before:.6g} -> {back.after:.6g}; {back.claim}")
+        _tell_of(lost)
         return
     with progress_bar("recalibrate", unit="pass") as bar:
         done = recalibrate(
@@ -211,6 +227,7 @@ def recalibrate(arguments: argparse.Namespace) -> None:
         f" {done.rejected} of which were rejected before; threshold {done.before:.6g} ->"
         f" {done.after:.6g} (on the new map scale); {done.claim}"
     )
+    _tell_of(lost)
 
 
 def _images(paths: Sequence[Path]) -> list[Path]:
@@ -236,12 +253,15 @@ def predict(arguments: argparse.Namespace) -> int:
     images = _images(arguments.paths)
     if arguments.heatmaps:
         arguments.heatmaps.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    failed = unwritten = 0
     with load(arguments.bundle, backend=arguments.backend, threads=arguments.threads) as detector:
         for number, path in enumerate(images):
             try:
                 frame = read_image(path)
-                result = detector(frame)
+                try:
+                    result = detector(frame)
+                except DataError as error:  # of a frame, which does not know its file
+                    raise DataError(f"{path}: {error}") from error
             except DataError as error:  # one bad file does not lose the verdicts of the others
                 failed += 1
                 print(
@@ -266,15 +286,19 @@ def predict(arguments: argparse.Namespace) -> int:
                 print(f"{verdict}  {result.score:9.4f}  {result.elapsed_ms:7.1f} ms  {path}", flush=True)
             if arguments.heatmaps:
                 picture = heat_map(frame, result.anomaly_map, result.threshold)
-                write_image(arguments.heatmaps / f"{number:05d}_{path.stem}.png", picture)
+                try:
+                    write_image(arguments.heatmaps / f"{number:05d}_{path.stem}.png", picture)
+                except DataError as error:  # a full disk: the verdicts go on
+                    unwritten += 1
+                    print(f"edgead predict: {error}", file=sys.stderr)
     if failed:
         print(
             f"edgead predict: {failed} of {len(images)} images could not be inspected", file=sys.stderr
         )
-    return 1 if failed else 0
+    return 1 if failed or unwritten else 0
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace) -> int:
     from edgead.by_size import SizeConfig
     from edgead.detector import load
     from edgead.evaluate import evaluate
@@ -306,6 +330,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
             load_pictures(evaluation, dataset),
             title=f"{evaluation.name}: {evaluation.method}",
         )
+    if evaluation.errors:
+        print(
+            f"edgead evaluate: {len(evaluation.errors)} images could not be inspected", file=sys.stderr
+        )
+    return 1 if evaluation.errors else 0
 
 
 def summary(evaluation: Any) -> list[str]:

@@ -182,10 +182,12 @@ class _Measure:
 
     def _each(self) -> Iterator[np.ndarray]:
         for path in self.images:
+            image = read_image(path)
             try:
-                yield self.judge.prepare(read_image(path), "rgb")
-            except DataError as error:
+                frame = self.judge.prepare(image, "rgb")
+            except DataError as error:  # of a frame, which does not know its file
                 raise DataError(f"{path}: {error}") from error
+            yield frame
             self.done += 1
             if self.progress:
                 self.progress(self.done, 2 * len(self.images))

@@ -48,7 +48,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "gpu_state": ("jetson",),
     "doctor": (*DEVICE, "doctor", "machine", "jetson", "gpu_state", "flavour"),
     "doctor.child": (*DEVICE, "doctor", "machine", "gpu_state", "flavour", "engines"),
-    "doctor.system": ("doctor", "engines.cache"),
+    "doctor.system": ("doctor", "engines.cache", "errors"),
     "evaluate": (*DEVICE, "detector", "metrics", "by_size", "machine", "training.data"),
     "report": (
         *DEVICE,
