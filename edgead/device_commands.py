@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ CURRENT = "current"
 
 def build(arguments: argparse.Namespace) -> None:
     from edgead.bundle import Bundle
-    from edgead.engines.prepare import choose_flavour, detect_gpu, prepare_engine
+    from edgead.engines.prepare import choose_flavour, choose_target, detect_gpu, prepare_engine
 
     bundle = Bundle.open(arguments.bundle)
     gpu, why_no_gpu = detect_gpu()
     flavour = choose_flavour(arguments.backend, gpu)
-    for target in arguments.target:
-        if target == CURRENT and gpu is None:
-            raise EngineError(
-                f"there is no GPU here ({why_no_gpu}): name the target, such as "
-                "--backend tensorrt-rtx --target sm86"
-            )
-        sm = gpu.sm if target == CURRENT and gpu else target
+    if CURRENT in arguments.target and gpu is None:
+        raise EngineError(
+            f"there is no GPU here ({why_no_gpu}): name the target, such as "
+            "--backend tensorrt-rtx --target sm86"
+        )
+    # All of them before the first build, which takes minutes.
+    targets = [
+        choose_target(flavour, gpu, None if target == CURRENT else target) for target in arguments.target
+    ]
+    for sm in targets:
         with progress_line(f"{flavour.name} {sm}") as progress:
             prepared = prepare_engine(
                 bundle,
@@ -52,9 +55,7 @@ def build(arguments: argparse.Namespace) -> None:
         print(f"{path}: {size:.1f} MiB, {origin} {prepared.sidecar.seconds:.1f} s, {remark}")
 
 
-def _keep(
-    bundle: Any, flavour: Any, gpu: Any, prepared: Any, out: Path | None
-) -> tuple[Path, str]:
+def _keep(bundle: Any, flavour: Any, gpu: Any, prepared: Any, out: Path | None) -> tuple[Path, str]:
     """Stores an engine, after it has answered the golden samples if it is for the GPU at hand."""
     from edgead.engines.prepare import keep
 
@@ -87,11 +88,21 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if is_healthy(findings) else 1
 
 
+def _engines_folder() -> Path:
+    """Of the cache; it need not be there yet. Raises OSError if it cannot be read."""
+    from edgead.engines.cache import default_folder
+
+    folder = default_folder()
+    with suppress(FileNotFoundError):
+        next(folder.iterdir(), None)
+    return folder
+
+
 def list_engines(arguments: argparse.Namespace) -> None:
     from edgead.engines import cache
     from edgead.engines.prepare import Box
 
-    folder = cache.default_folder()
+    folder = _engines_folder()
     box = Box.here()
     rows = []
     for entry in cache.entries(folder):
@@ -121,7 +132,7 @@ def prune_engines(arguments: argparse.Namespace) -> None:
     from edgead.engines import cache
     from edgead.engines.prepare import Box
 
-    folder = cache.default_folder()
+    folder = _engines_folder()
     found = cache.prune(
         folder, Box.here().why_stale, everything=arguments.all, dry_run=arguments.dry_run
     )
@@ -139,16 +150,16 @@ def report_engine(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     box = Box.here()
     flavour = choose_flavour(arguments.backend, box.gpu)
-    graph = bundle.manifest.members[MODEL].sha256
+    graph, folder = bundle.manifest.members[MODEL].sha256, _engines_folder()
     found = [
         entry
-        for entry in cache.entries(cache.default_folder())
+        for entry in cache.entries(folder)
         if entry.sidecar.key.graph_sha256 == graph and entry.sidecar.key.flavour == flavour.name
     ]
     for entry in found:
         print("\n".join(_describe(entry)))
     if not found:
-        print(f"no engine of {flavour.name} for {bundle.path} in {cache.default_folder()}")
+        print(f"no engine of {flavour.name} for {bundle.path} in {folder}")
     usable = next((entry for entry in found if not box.why_not(entry.sidecar.key)), None)
     if usable is None:
         why = "no engine for this GPU: edgead build makes one" if box.gpu else box.why_no_gpu

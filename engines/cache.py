@@ -31,7 +31,7 @@ from edgead.files import write_bytes
 
 LOCK_TIMEOUT_S = 10.0
 _STEM = r"[^/]+-[0-9a-f]{8}-(tensorrt|tensorrt-rtx)-sm\d+"
-ENGINE_NAME = re.compile(_STEM + r"-[0-9a-f]{8}\.engine")
+ENGINE_NAME = re.compile(_STEM + r"(-[0-9a-f]{8})?\.engine")  # copied from `edgead build --out`: without
 SIDECAR_NAME = re.compile(_STEM + r"\.json")
 SET_ASIDE_NAME = re.compile(r".+\.(engine|json)\.corrupt-\d{8}T\d{6}Z")
 TEMPORARY_NAME = re.compile(r"\..+\.(engine|json)\.[0-9a-f]{8}\.tmp")
@@ -96,20 +96,31 @@ def stem(bundle_name: str, key: EngineKey) -> str:
     return f"{readable(bundle_name)}-{key.graph_sha256[:8]}-{key.flavour}-{key.target}"
 
 
-def find(folder: Path, bundle_name: str, key: EngineKey) -> Entry | None:
+def find(
+    folder: Path, bundle_name: str, key: EngineKey, fits: Callable[[Entry], bool] = lambda entry: True
+) -> Entry | None:
     """Returns the engine for the graph, flavour and target of `key`; the rest of the key may differ.
 
-    One with another name counts too: it was copied here, from `edgead build --out` or for a bundle with
-    another name.
+    One with another name counts too: it was copied here, or is for a bundle with another name. Of
+    several it is the first that `fits`, or else the first: that of the right name, then the newest.
 
     Raises:
         EngineError: There is one whose sidecar is damaged; it was set aside.
     """
-    path = folder / f"{stem(bundle_name, key)}.json"
+    own = _find_by_name(folder / f"{stem(bundle_name, key)}.json")
+    if own and fits(own):
+        return own
+    others = [entry for entry in entries(folder) if _identity(entry.sidecar.key) == _identity(key)]
+    others.sort(key=lambda entry: entry.sidecar.utc, reverse=True)
+    found = [own, *others] if own else others
+    return next(filter(fits, found), found[0] if found else None)
+
+
+def _find_by_name(path: Path) -> Entry | None:
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return _find_by_content(folder, key)
+        return None
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror})") from None
     try:
@@ -117,12 +128,6 @@ def find(folder: Path, bundle_name: str, key: EngineKey) -> Entry | None:
     except EngineError as error:
         set_aside(path, content)
         raise EngineError(f"{path} is damaged, {error}") from None
-
-
-def _find_by_content(folder: Path, key: EngineKey) -> Entry | None:
-    wanted = (key.graph_sha256, key.flavour, key.target)
-    found = (entry for entry in entries(folder) if _identity(entry.sidecar.key) == wanted)
-    return max(found, key=lambda entry: entry.sidecar.utc, default=None)
 
 
 def _identity(key: EngineKey) -> tuple[str, str, str]:
@@ -176,12 +181,13 @@ def store(folder: Path, plan: bytes, sidecar: Sidecar) -> Entry:
     return entry
 
 
-def write_pair(folder: Path, name: str, plan: bytes, sidecar: Sidecar) -> Entry:
-    """Writes `<name>.engine` and `<name>.json`, for the user to carry elsewhere.
+def write_pair(folder: Path, plan: bytes, sidecar: Sidecar) -> Entry:
+    """Writes `<stem>.engine` and `<stem>.json`, for the user to carry elsewhere.
 
     Raises:
         OSError: The folder cannot be written.
     """
+    name = stem(sidecar.bundle, sidecar.key)
     entry = Entry(folder / f"{name}.json", replace(sidecar, file=f"{name}.engine"))
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(entry.engine_path, plan)

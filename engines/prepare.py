@@ -148,7 +148,7 @@ def keep(
 
     Args:
         replay: As for `accept`; None stores it unverified.
-        out: Folder that gets `<name>-<flavour>-<target>.engine` and its sidecar, instead of the cache.
+        out: Folder that gets the engine and its sidecar, named as by `cache.stem`, instead of the cache.
 
     Raises:
         EngineError: The folder cannot be written; an engine that was there still is.
@@ -163,8 +163,7 @@ def keep(
     folder = out or prepared.folder
     try:
         if out:
-            name = f"{cache.readable(sidecar.bundle)}-{sidecar.key.flavour}-{sidecar.key.target}"
-            return cache.write_pair(out, name, prepared.plan, sidecar).engine_path
+            return cache.write_pair(out, prepared.plan, sidecar).engine_path
         if entry is None:
             if prepared.refused:  # else it would be as good as the new one
                 cache.set_aside(prepared.refused.engine_path)
@@ -266,17 +265,19 @@ class _Found:
 
 
 def _look_up(folder: Path, bundle: Bundle, wanted: EngineKey, free: list[str]) -> _Found:
+    def differences(entry: cache.Entry) -> list[str]:
+        return entry.sidecar.key.differences(_like(wanted, entry, free))
+
     entry = None
     for _ in range(2):
         try:
-            entry = cache.find(folder, bundle.manifest.name, wanted)
+            entry = cache.find(folder, bundle.manifest.name, wanted, lambda e: not differences(e))
         except EngineError as error:
             return _Found(None, None, str(error))
         if entry is None:
             return _Found(None, None, NONE_YET)
-        differences = entry.sidecar.key.differences(_like(wanted, entry, free))
-        if differences:
-            return _Found(entry, None, f"the one in the cache is for {'; '.join(differences)}")
+        if differences(entry):
+            return _Found(entry, None, f"the one in the cache is for {'; '.join(differences(entry))}")
         try:
             return _Found(entry, entry.read_plan(), CACHED)
         except FileNotFoundError:
@@ -309,7 +310,7 @@ def _key(
         graph_sha256=bundle.manifest.members[MODEL].sha256,
         flavour=flavour.name,
         version=flavour.version,
-        target=_target(flavour, gpu, target),
+        target=choose_target(flavour, gpu, target),
         gpu=bound.name if bound else None,
         driver=bound.driver if bound else None,
         platform=this_platform(flavour.name),
@@ -318,7 +319,12 @@ def _key(
     )
 
 
-def _target(flavour: Flavour, gpu: GpuInfo | None, target: str | None) -> str:
+def choose_target(flavour: Flavour, gpu: GpuInfo | None, target: str | None) -> str:
+    """The compute capability to build for; `target` None is that of the GPU.
+
+    Raises:
+        EngineError: This library cannot build for it here.
+    """
     if flavour.name == CLASSIC:
         if gpu is None:
             raise EngineError(

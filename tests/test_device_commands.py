@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edgead.bundle import Bundle
 from edgead.cli import build_parser, main
 from edgead.device_commands import progress_line, table
 from edgead.engines.cache import entries
@@ -82,9 +83,46 @@ def test_build_without_a_gpu(bare: Run, tiny_bundle: Path, tmp_path: Path, engin
     status, out, err = bare("build", tiny_bundle, "--target", "sm86", "--out", tmp_path / "out")
     assert status == 0 and "from the cache, was built in" in out and err == ""
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["blob-tensorrt-rtx-sm86.engine", "blob-tensorrt-rtx-sm86.json"]
+    name = f"blob-{_graph(tiny_bundle)[:8]}-tensorrt-rtx-sm86"
+    assert names == [f"{name}.engine", f"{name}.json"]
     (copied,) = entries(tmp_path / "out")
     assert copied.read_plan() == next(e for e in entries(engines) if "sm86" in e.path.name).read_plan()
+
+
+def _graph(bundle: Path) -> str:
+    return Bundle.open(bundle).manifest.members["model.onnx"].sha256
+
+
+def test_two_exports_of_one_name_do_not_overwrite_each_other(
+    bare: Run, tiny: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    graph = onnx.load_from_string(tiny.model)
+    graph.doc_string = "the same run in another precision, say"
+    other = tiny.write(tmp_path / "other.edgead", model=graph.SerializeToString())
+    out = tmp_path / "out"
+    for bundle in (tiny_bundle, other):
+        assert bare("build", bundle, "--target", "sm86", "--out", out)[0] == 0
+    found = {entry.sidecar.key.graph_sha256 for entry in entries(out)}
+    assert found == {_graph(tiny_bundle), _graph(other)} and len(list(out.glob("*.engine"))) == 2
+
+
+def test_all_targets_are_looked_at_before_the_first_build(
+    bare: Run, tiny_bundle: Path, engines: Path
+) -> None:
+    status, out, err = bare("build", tiny_bundle, "--target", "sm86,sm87")
+    assert (status, out) == (1, "") and "sm87" in err
+    assert not engines.exists()
+
+
+def test_a_cache_that_is_no_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for named in ("file", "file/engines"):
+        monkeypatch.setenv("EDGEAD_CACHE", str(tmp_path / named))
+        for verb in ("list", "prune"):
+            status, out, err = run("engines", verb)
+            assert (status, out) == (1, "") and f"{tmp_path / named}: Not a directory" in err
 
 
 @pytest.mark.parametrize(

@@ -674,8 +674,9 @@ def test_auto_with_an_engine_in_the_cache(box: Box, driver_folder: Path, tiny_bu
         "builds one, which can take minutes"
     )
     keep_engine(box, tiny_bundle, driver="12.6")
+    keep_engine(box, tiny_bundle, driver="12.2", name="a-copied-one")  # does not stand in its way
     findings = box.look(tiny_bundle)
-    assert "1 engine, " in findings["engine cache"].found
+    assert "2 engines, " in findings["engine cache"].found
     assert findings["auto"].state == PROBLEM
     assert re.match(
         r"takes (openvino|onnxruntime): .*\(not tensorrt: it fails \(", findings["auto"].found
@@ -683,7 +684,7 @@ def test_auto_with_an_engine_in_the_cache(box: Box, driver_folder: Path, tiny_bu
     assert findings["auto"].remedy.startswith("edgead verify tiny.edgead --backend tensorrt")
 
 
-def keep_engine(box: Box, bundle: Path, *, driver: str) -> None:
+def keep_engine(box: Box, bundle: Path, *, driver: str, name: str = "tiny") -> None:
     graph = Bundle.open(bundle).manifest.members[MODEL].sha256
     key = EngineKey(
         graph_sha256=graph,
@@ -697,7 +698,7 @@ def keep_engine(box: Box, bundle: Path, *, driver: str) -> None:
         workspace_mib=None,
     )
     plan = b"no plan"
-    cache.store(Path(box.environment["EDGEAD_CACHE"]), plan, cache.describe(plan, key, "tiny", 1.0))
+    cache.store(Path(box.environment["EDGEAD_CACHE"]), plan, cache.describe(plan, key, name, 1.0))
 
 
 # The command.

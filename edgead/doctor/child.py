@@ -138,8 +138,9 @@ def engine(path: str, name: str) -> dict[str, Any]:
     found = [one for one in found if (one.key.graph_sha256, one.key.flavour, one.key.target) == wanted]
     if not found:
         return {"missing": "there is no engine for this box yet"}
-    stale = box.why_stale(max(found, key=lambda sidecar: sidecar.utc).key)
-    return {"missing": f"the engine in the cache fits no more ({stale})" if stale else ""}
+    newest_first = sorted(found, key=lambda sidecar: sidecar.utc, reverse=True)
+    stale = [box.why_stale(sidecar.key) for sidecar in newest_first]
+    return {"missing": f"the engine in the cache fits no more ({stale[0]})" if all(stale) else ""}
 
 
 def backend(path: str, name: str) -> dict[str, Any]:

@@ -136,8 +136,11 @@ def test_engines_for_other_targets_and_libraries_are_neighbours(tmp_path: Path) 
 
 def test_an_engine_that_was_copied_here_is_found(tmp_path: Path) -> None:
     """From `edgead build --out` on another machine, under a name of the user."""
-    entry = cache.write_pair(tmp_path, "bottle-tensorrt-sm87", PLAN, described())
-    assert names(tmp_path) == ["bottle-tensorrt-sm87.engine", "bottle-tensorrt-sm87.json"]
+    entry = cache.write_pair(tmp_path, PLAN, described())
+    assert names(tmp_path) == [
+        "bottle-3f2a91c0-tensorrt-sm87.engine",
+        "bottle-3f2a91c0-tensorrt-sm87.json",
+    ]
     (tmp_path / "package.json").write_text("{}")
     assert cache.find(tmp_path, "cup", KEY) == entry
     assert cache.find(tmp_path, "cup", replace(KEY, target="sm86")) is None

@@ -124,12 +124,39 @@ def test_an_engine_copied_from_another_machine(
 ) -> None:
     built = prepare_engine(tiny_opened, rtx, None, target="sm86", folder=tmp_path / "there")
     path = keep(built, out=tmp_path / "out")
-    assert path.name == "blob-tensorrt-rtx-sm86.engine" and not (tmp_path / "there").exists()
+    assert path.name == f"blob-{built.key.graph_sha256[:8]}-tensorrt-rtx-sm86.engine"
+    assert not (tmp_path / "there").exists()
     shutil.copytree(tmp_path / "out", engines)
     found = prepare_engine(tiny_opened, rtx, gpu)
     assert found.plan == built.plan and not found.is_new
     accept(found, REPLAY)
     assert prepare_engine(tiny_opened, rtx, gpu).verified
+
+
+def test_a_copied_engine_beats_the_box_s_own_that_fits_no_more(
+    tiny: Any, rtx: Flavour, gpu: GpuInfo, engines: Path, tmp_path: Path
+) -> None:
+    """Also under another name: of a bundle whose class of parts is called otherwise there."""
+    bundle, there = (
+        Bundle.open(tiny.write(tmp_path / f"{name}.edgead", name=name)) for name in ("here", "there")
+    )
+    old = dataclasses.replace(rtx, version="1.0.1")
+    accept(prepare_engine(bundle, old, gpu), REPLAY)
+    built = prepare_engine(there, rtx, None, target="sm86", batches=(1, 4), folder=tmp_path / "there")
+    keep(built, out=engines)
+    found = prepare_engine(bundle, rtx, gpu)
+    assert not found.is_new and found.plan == built.plan and found.key.batches == (1, 4)
+    # Under its own name it takes the place; what is replaced later leaves nothing behind.
+    built = prepare_engine(bundle, rtx, None, target="sm86", batches=(1, 2), folder=tmp_path / "there")
+    keep(built, out=engines)
+    assert prepare_engine(bundle, rtx, gpu).key.batches == (1, 2)
+    assert len(cache.entries(engines)) == 2
+    accept(prepare_engine(bundle, rtx, gpu, batches=(8,)), REPLAY)
+    assert {path.name for path in engines.glob("here-*.json")} == {
+        f"{cache.stem('here', built.key)}.json"
+    }
+    cache.prune(engines, lambda key: "")
+    assert len(list(engines.glob("here-*.engine"))) == 1
 
 
 @pytest.mark.parametrize(
