@@ -62,7 +62,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -179,13 +179,14 @@ def rewrite_bundle(
         new[part] = old[part] | new[part]
     for part in ("outputs", "members"):
         new[part] = {name: old[part][name] | item for name, item in new[part].items()}
-
-    def check() -> None:
-        if Path(path).resolve() == bundle.path.resolve():
-            if Bundle.open(path)._members != bundle._members:
-                raise BundleError("it was changed meanwhile by another command; run this one again")
-
-    _write(Path(path), {MANIFEST: dump_json(old | new).encode(), **members}, check)
+    path = Path(path)
+    with _alone(path):
+        is_same = path.resolve() == bundle.path.resolve()
+        if is_same and Bundle.open(path)._members != bundle._members:
+            raise BundleError(
+                f"bundle {path}: not written, another command changed it meanwhile; run this one again"
+            )
+        _write(path, {MANIFEST: dump_json(old | new).encode(), **members})
 
 
 def _parts(manifest: Manifest, model_bytes: bytes, golden: Golden) -> tuple[Manifest, dict[str, bytes]]:
@@ -228,10 +229,23 @@ def set_threshold(
         confidence=confidence,
         good_images=good_images,
     )
-    members = Bundle.open(path)._members
-    manifest = parse_json(members[MANIFEST])
-    manifest["threshold"] |= dataclasses.asdict(threshold)
-    _write(Path(path), {**members, MANIFEST: dump_json(manifest).encode()})
+    with _alone(Path(path)):
+        members = Bundle.open(path)._members
+        manifest = parse_json(members[MANIFEST])
+        manifest["threshold"] |= dataclasses.asdict(threshold)
+        _write(Path(path), {**members, MANIFEST: dump_json(manifest).encode()})
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other command changes the bundle meanwhile, where there are locks (not on Windows)."""
+    with contextlib.ExitStack() as stack:
+        if path.is_file():
+            with contextlib.suppress(ModuleNotFoundError, OSError):
+                import fcntl
+
+                fcntl.flock(stack.enter_context(path.open("rb")), fcntl.LOCK_EX)
+        yield
 
 
 def _sha256(content: bytes) -> str:
@@ -336,11 +350,8 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, members: Mapping[str, bytes], check: Callable[[], None] | None = None) -> None:
-    """Writes the members in the order of the format, verifies the new file, then puts it in place.
-
-    `check` comes last before that, and may refuse.
-    """
+def _write(path: Path, members: Mapping[str, bytes]) -> None:
+    """Writes the members in the order of the format, verifies the new file, then puts it in place."""
 
     def fill(file: BinaryIO) -> None:
         storedzip.write_members(file, {name: members[name] for name in MEMBERS})
@@ -348,8 +359,6 @@ def _write(path: Path, members: Mapping[str, bytes], check: Callable[[], None] |
     def verify(temporary: Path) -> None:
         with temporary.open("rb") as file:
             Bundle(path, *_read(file))
-        if check:
-            check()
 
     try:
         _write_atomically(path, fill, verify)

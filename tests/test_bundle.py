@@ -8,8 +8,10 @@ import os
 import random
 import shutil
 import stat
+import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgead import Bundle, BundleError
-from edgead.bundle import MEMBERS, Golden, set_threshold, write_bundle
+from edgead.bundle import MEMBERS, Golden, rewrite_bundle, set_threshold, write_bundle
 from edgead.manifest import Manifest, Threshold
 
 WRITING = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -178,6 +180,28 @@ def test_set_threshold_keeps_mode_link_and_fields_of_a_newer_minor(
     assert (data["format"], data["colour_of_the_box"]) == ([1, 7], "red")
     assert (data["threshold"]["note"], data["threshold"]["value"]) == ("kept", 0.9)
     assert Bundle.open(path).manifest.format == (1, 7)
+
+
+def test_of_two_that_rewrite_one_bundle_the_second_is_refused(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="no locks on this system")
+    path = tiny.write(tmp_path / "a.edgead")
+    opened = Bundle.open(path)
+    start = threading.Barrier(4)
+
+    def rewrite(value: float) -> str:
+        threshold = dataclasses.replace(opened.manifest.threshold, value=value)
+        manifest = dataclasses.replace(opened.manifest, threshold=threshold)
+        start.wait()
+        try:
+            rewrite_bundle(opened, path, manifest, opened.golden())
+        except BundleError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(rewrite, (1.0, 2.0, 3.0, 4.0)))
+    assert answers.count("") == 1 and sum("run this one again" in answer for answer in answers) == 3
+    assert Bundle.open(path).manifest.threshold.value == 1.0 + answers.index("")
 
 
 @pytest.mark.skipif(
