@@ -70,9 +70,15 @@ class Awaiting:
         given_up: dict[str, list[Part]] = {NEVER_CAME: [], UNSURE: []}
         while self._parts and now_ns - self._parts[0].trigger_ns > self._timeout_ns:
             given_up[NEVER_CAME].append(self._parts.popleft())
-        if shot.image is None:  # no harm in it, whoever gets it
-            return (self._parts.popleft() if self._parts else None), given_up
         is_exposed = shot.exposure_ns is not None
+        if shot.image is None:
+            # The images of those before it, which it leaves alone, may still be under way. One that was
+            # lost on its way does not say of which trigger it was: then all before it have come.
+            before = (p for p in reversed(self._parts) if p.trigger_ns <= (shot.exposure_ns or 0))
+            part = next(before if is_exposed else iter(self._parts), None)
+            if part is not None:
+                self._parts.remove(part)
+            return part, given_up
         seen_ns = shot.trigger_ns if shot.exposure_ns is None else shot.exposure_ns
         latest_ns = seen_ns + CLOCK_ERROR_NS if is_exposed else seen_ns
         possible = [part for part in self._parts if part.trigger_ns <= latest_ns]

@@ -23,8 +23,8 @@ class Shot:
         pixels: "rgb", "bgr", "mono", or an OpenCV Bayer pattern as GenICam names it: "bayer-rg",
             "bayer-gr", "bayer-gb", "bayer-bg".
         trigger_ns: `time.monotonic_ns()` of the trigger: where the source does not know, of the arrival.
-        exposure_ns: `time.monotonic_ns()` of the exposure, where the source knows. It tells to which
-            part an image belongs that the PLC asked for.
+        exposure_ns: `time.monotonic_ns()` of the exposure, where the source knows; of a software trigger
+            that the camera refused, when it was. It tells to which part of the PLC the shot belongs.
         frame_id: The source's own number of the frame.
         origin: Where it came from: a file, a device. For people.
         problem: Why there is no image, one sentence.

@@ -263,7 +263,8 @@ class Line:
                 part = awaited
             else:
                 part = self._open(camera, shot.trigger_ns, None)
-        part.origin, part.frame_id, part.exposure_ns = shot.origin, shot.frame_id, shot.exposure_ns
+        part.origin, part.frame_id = shot.origin, shot.frame_id
+        part.exposure_ns = None if shot.image is None else shot.exposure_ns
         try:
             region = camera.region(shot, part.recipe, decode=self._desk.wants_pictures)
         except LineError as error:

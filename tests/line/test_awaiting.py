@@ -81,6 +81,13 @@ def test_lost_images_and_old_parts() -> None:
     assert match(parts, 121) == (3, {NEVER_CAME: [2]})
 
 
+def test_a_trigger_that_the_camera_refused_takes_no_image_from_the_part_before() -> None:
+    parts = awaiting(10, 20)
+    assert match(parts, 22, exposed_ms=21, is_lost=True) == (2, {})
+    assert match(parts, 23, exposed_ms=9, is_lost=True) == (None, {})  # of a part that has gone
+    assert match(parts, 30) == (1, {})
+
+
 def test_a_camera_that_was_opened_anew_is_not_in_doubt() -> None:
     parts = awaiting(10, 20)
     match(parts, 30)
@@ -92,38 +99,49 @@ def test_a_camera_that_was_opened_anew_is_not_in_doubt() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     triggers=st.lists(
-        st.tuples(st.floats(5, 150), st.booleans(), st.floats(0, 99)), min_size=1, max_size=40
+        st.tuples(st.floats(5, 150), st.sampled_from(["taken", "ignored", "refused"]), st.floats(0, 99)),
+        min_size=1,
+        max_size=40,
     ),
     knows_exposures=st.booleans(),
 )
 def test_no_part_ever_gets_the_image_of_another(
-    triggers: list[tuple[float, bool, float]], knows_exposures: bool
+    triggers: list[tuple[float, str, float]], knows_exposures: bool
 ) -> None:
-    """Pauses before triggers, whether the camera ignores them, how long images take: in their order."""
+    """Pauses before triggers, what the camera does, how long images take: in their order.
+
+    What it says of a trigger that it refuses may come before the images of earlier ones.
+    """
     parts = Awaiting(100)
     now_ms = came_ms = 0.0
-    under_way: list[tuple[float, int, float]] = []  # when it comes, of which part, exposed
+    under_way: list[tuple[float, int, float, bool]] = []  # when it comes, part, exposed, refused
     right = 0
 
     def deliver(until_ms: float) -> None:
         nonlocal right
         while under_way and under_way[0][0] <= until_ms:
-            moment_ms, part_id, exposed_ms = heapq.heappop(under_way)
-            got, _ = match(parts, moment_ms, exposed_ms=exposed_ms if knows_exposures else None)
+            moment_ms, part_id, exposed_ms, is_refused = heapq.heappop(under_way)
+            is_known = knows_exposures or is_refused
+            got, _ = match(
+                parts, moment_ms, exposed_ms=exposed_ms if is_known else None, is_lost=is_refused
+            )
             assert got in (None, part_id)
-            right += got is not None
+            right += got is not None and not is_refused
 
     fired = 0
-    for part_id, (pause_ms, is_ignored, takes_ms) in enumerate(triggers, 1):
+    for part_id, (pause_ms, fate, takes_ms) in enumerate(triggers, 1):
         now_ms += pause_ms
         deliver(now_ms)
         if parts.is_unsure(round(now_ms * MS)):
             continue
         parts.add(part(part_id, now_ms))
-        if not is_ignored:
+        if fate == "refused":
+            heapq.heappush(under_way, (now_ms + takes_ms / 10, part_id, now_ms, True))
+        elif fate == "taken":
             fired += 1
             came_ms = min(max(came_ms, now_ms + takes_ms), now_ms + 99.9)
-            heapq.heappush(under_way, (came_ms, part_id, now_ms + 0.1 * min(takes_ms, 10)))
+            exposed_ms = now_ms + 0.1 * min(takes_ms, 10)
+            heapq.heappush(under_way, (came_ms, part_id, exposed_ms, False))
     deliver(np.inf)
     if knows_exposures:
         assert right == fired

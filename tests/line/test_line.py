@@ -33,7 +33,8 @@ def test_each_image_is_a_part_with_its_verdict(bench: Start) -> None:
     here = bench()
     for color in (GOOD, BAD, GOOD):
         here.sources["top"].send(image(color))
-    here.sources["top"].send(None, problem="frame 4 was lost on the wire")
+    lost_at_ns = time.monotonic_ns()  # a trigger that the camera refused says when it was
+    here.sources["top"].send(None, problem="frame 4 was lost on the wire", exposure_ns=lost_at_ns)
     here.sources["top"].end()
     records = here.records(4)
     assert [record["part_id"] for record in records] == [1, 2, 3, 4]
@@ -43,6 +44,7 @@ def test_each_image_is_a_part_with_its_verdict(bench: Start) -> None:
     assert first["score"] < first["threshold"] == 0.4 <= second["score"]
     assert second["reason"].startswith("score 1.4 >= threshold 0.4")
     assert lost["reason"] == "frame 4 was lost on the wire" and lost["score"] is None
+    assert lost["exposure_ns"] is None
     assert (first["camera"], first["source"], first["frame_id"]) == ("top", "told 1", 1)
     assert first["bundle"] == "blob" and first["recipe"] == 0 and first["tag"] is None
     latency = first["latency_ms"]

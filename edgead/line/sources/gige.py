@@ -303,7 +303,8 @@ class _Connection:
                     continue
                 except self._glib_error as error:
                     problem = f"the software trigger failed: {error.message}"
-            self._failed.put(Shot(None, moment_ns, self._origin, problem=problem))
+            # The moment tells of which trigger it was: images of those before may be under way.
+            self._failed.put(Shot(None, moment_ns, self._origin, exposure_ns=moment_ns, problem=problem))
 
     def _shots_of(self, buffer: Any) -> list[Shot]:
         """The frame in a buffer, after those that are missing before it. The image is a copy."""
