@@ -73,7 +73,7 @@ class Outputs:
         busy: Triggered parts have no result yet.
         results_ready: The result below is valid, until it is acknowledged.
         refused: The trigger that is still high opened no part: the camera is not triggered by the PLC,
-            or the line is stopping.
+            or the line is starting or stopping.
         overflow: Results were lost because too many waited; until those that wait are acknowledged.
         reject: Whether the part is to be rejected.
         has_score: The model gave a score in time.
@@ -120,7 +120,7 @@ class Handshake:
         queue: int = 1000,
         plc_timeout_s: float | None = None,
     ) -> None:
-        """Begins with all inputs 0, but for the recipe in force.
+        """Begins with all inputs 0, but for the recipe in force; the line is ready when `beat` says so.
 
         Args:
             camera: Its name, for messages.
@@ -151,7 +151,7 @@ class Handshake:
         self._waiting: deque[Record] = deque()
         self._shown: Record | None = None
         self._refused = self._overflow = False
-        self._recipe, self._is_line_ready, self._heartbeat = recipe, True, 0
+        self._recipe, self._is_line_ready, self._heartbeat = recipe, False, 0
         self._plc_alive_s: float | None = None  # when its heartbeat changed last
 
     @property

@@ -142,7 +142,8 @@ class Controls(Protocol):
         """Opens a part and asks its camera for an image; returns the part id.
 
         Raises:
-            LineError: No such camera, or one that is not triggered by this way.
+            LineError: No such camera, or one that is not triggered by this way; the line is starting or
+                stopping.
         """
         ...
 

@@ -69,7 +69,7 @@ class Line:
         self._loops: dict[str, Callable[[], None]] = {}  # what the threads do, by name
         self._threads: dict[str, threading.Thread] = {}
         self._stopping = threading.Event()
-        self._is_closed = False
+        self._is_started = self._is_closed = False
 
     # --- putting it together
 
@@ -87,6 +87,8 @@ class Line:
         self._threads = {name: self._thread(name) for name in self._loops}
         for thread in self._threads.values():
             thread.start()
+        with self._lock:
+            self._is_started = True
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -154,6 +156,8 @@ class Line:
                 'trigger = "plc" in the recipe file'
             )
         with self._lock:
+            if not self._is_started:  # the port of a PLC opens before the other sinks do
+                raise LineError("the line is starting")
             if self._stopping.is_set():
                 raise LineError("the line is stopping")
             now_ns = time.monotonic_ns()
@@ -199,7 +203,8 @@ class Line:
                 name: camera.state(self._bundles, self._dispatcher.waiting.count(name))
                 for name, camera in self._cameras.items()
             }
-            is_ready = not self._stopping.is_set() and self._bundles.are_ready
+            is_running = self._is_started and not self._stopping.is_set()
+            is_ready = is_running and self._bundles.are_ready
         for name, camera in self._cameras.items():
             cameras[name]["source"].update(camera.source.counters())
         return {

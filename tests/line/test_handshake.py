@@ -40,7 +40,10 @@ class Line:
 
 
 def handshake(line: Line, **given: float) -> Handshake:
-    return Handshake("top", trigger=line.trigger, select_recipe=line.select_recipe, **given)  # type: ignore[arg-type]
+    made = Handshake("top", trigger=line.trigger, select_recipe=line.select_recipe, **given)  # type: ignore[arg-type]
+    assert not made.outputs.ready
+    made.beat(now_s=0.0, is_line_ready=True, recipe=made.outputs.recipe)
+    return made
 
 
 class Plc:
@@ -183,9 +186,9 @@ def test_recipes_by_index() -> None:
 def test_the_line_that_is_not_ready_shows_that() -> None:
     station = handshake(Line())
     station.beat(now_s=1.0, is_line_ready=False, recipe=0)
-    assert not station.outputs.ready and station.outputs.heartbeat == 1
+    assert not station.outputs.ready and station.outputs.heartbeat == 2
     station.beat(now_s=2.0, is_line_ready=True, recipe=0)
-    assert station.outputs.ready and station.outputs.heartbeat == 2
+    assert station.outputs.ready and station.outputs.heartbeat == 3
 
 
 def test_a_plc_whose_heartbeat_stands_still_is_missed(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,9 +199,9 @@ def test_a_plc_whose_heartbeat_stands_still_is_missed(caplog: pytest.LogCaptureF
         station.beat(now_s=now_s, is_line_ready=True, recipe=0)
         return station.is_plc_missing
 
-    assert [beat(now_s) for now_s in (10.0, 12.0)] == [False, False]
-    station.set_inputs(Inputs(heartbeat=1), now_s=12.5)
-    assert [beat(now_s) for now_s in (14.5, 14.6, 30.0)] == [False, True, True]
+    assert [beat(now_s) for now_s in (1.0, 2.0)] == [False, False]
+    station.set_inputs(Inputs(heartbeat=1), now_s=2.5)
+    assert [beat(now_s) for now_s in (4.5, 4.6, 30.0)] == [False, True, True]
     assert station.counts["plc_losses"] == 1 and caplog.text.count("no heartbeat") == 1
     station.set_inputs(Inputs(heartbeat=2), now_s=31.0)
     assert not station.is_plc_missing and "is back" in caplog.text

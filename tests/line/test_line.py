@@ -13,6 +13,7 @@ from edgead.bundle import Bundle
 from edgead.errors import BundleError, LineError
 from edgead.line import bundles
 from edgead.line.assembly import open_sink
+from edgead.line.interfaces import Controls, Sink
 from edgead.line.recipe import Inspection, SinkConfig
 from edgead.line.standin import StandIn
 from edgead.runtime.backend import Backend, Slot
@@ -119,6 +120,21 @@ def test_controls_refuse_what_there_is_not(bench: Start) -> None:
         line.select_recipe("top", 1)
     with pytest.raises(LineError, match="expected a finite number"):
         line.set_threshold("top", float("nan"))
+
+
+def test_a_plc_is_refused_until_the_line_runs(bench: Start) -> None:
+    """Its sink listens while others are still opened: its verdict could not leave."""
+    seen: list[object] = []
+
+    def sink(config: SinkConfig, controls: Controls) -> Sink:
+        seen.append(controls.state()["ready"])
+        with pytest.raises(LineError, match="the line is starting"):
+            controls.trigger("top", 7)
+        return open_sink(config, controls)
+
+    here = bench({"top": {"trigger": "plc"}}, sink=sink)
+    assert seen == [False] and here.line.state()["ready"] and not here.sources["top"].fired
+    assert here.line.trigger("top", 8) == 1 and here.sources["top"].fired == 1
 
 
 def test_a_recipe_switch_holds_for_triggers_from_then_on(
