@@ -71,7 +71,7 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`edgead run`."""
+    """`edgead run`. Ends the process by itself, see `edgead.line.run.end`."""
     from edgead.line.assembly import open_line
     from edgead.line.recipe import load
     from edgead.line.run import end, run
@@ -91,10 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
         cameras = ", ".join(f"{camera.name} ({camera.kind})" for camera in recipe.cameras)
         sinks = ", ".join(sink.name for sink in recipe.sinks)
         print(f"{arguments.what}: good. Cameras: {cameras}. Sinks: {sinks}.")
-        return 0
+        return end(0)
     line, status = run(recipe)
     print(summary(line.statistics))
-    return end(line, status)
+    return end(status)
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -131,7 +131,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         )
         line, status = run(recipe, opened=lambda recipe: open_line(recipe, sink=open_anew))
     print(f"{summary(line.statistics)}; {results}")
-    return end(line, status)
+    return end(status)
 
 
 def summary(statistics: Any) -> str:

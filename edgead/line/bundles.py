@@ -17,11 +17,7 @@ BACKOFF_S = (0.5, 30.0)
 
 
 class Bundles:
-    """Inspectors by the path that the recipe file names. Any thread may call it.
-
-    Attributes:
-        has_hung: Whether one was given up that did not answer: its threads may never end.
-    """
+    """Inspectors by the path that the recipe file names. Any thread may call it."""
 
     def __init__(self, paths: Iterable[Path], load: Callable[[Path], Inspector]) -> None:
         """Loads all bundles, each once.
@@ -32,7 +28,6 @@ class Bundles:
         Raises:
             EdgeADError: One of them cannot be loaded; then none is open.
         """
-        self.has_hung = False
         self._load = load
         self._lock = threading.Lock()
         self._at_work: dict[Path, Inspector | None] = {}

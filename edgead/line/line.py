@@ -120,8 +120,6 @@ class Line:
         for thread in closing:
             thread.join(max(end_s - time.monotonic(), 0))
         with self._lock:
-            if self._dispatcher.flying:  # nobody can wait for the thread that computes them
-                self._bundles.has_hung = True
             for camera in self._cameras.values():
                 camera.ledger.abandon("the line was stopped before its answer", time.monotonic_ns())
                 self._desk.release(camera)
@@ -139,11 +137,6 @@ class Line:
         """Why sources ended that should not have."""
         with self._lock:
             return [camera.failure for camera in self._cameras.values() if camera.failure]
-
-    @property
-    def has_hung(self) -> bool:
-        """Whether a back end was left to its fate."""
-        return self._bundles.has_hung
 
     # --- Controls
 
@@ -366,7 +359,6 @@ class Line:
                     self._threads[name].start()
         for inspector in {job.inspector for job in hanging}:
             assert inspector is not None
-            self._bundles.has_hung = True
             self._bundles.renew(inspector, f"no answer for {self._stall_ns / 1e9:g} s")
         for outlet in self._desk.outlets.values():
             if outlet.is_stalled(self._stall_ns / 1e9):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from edgead.errors import EdgeADError
 from edgead.line.assembly import open_line
@@ -110,14 +111,16 @@ def run(recipe: Recipe, *, opened: Callable[[Recipe], Line] = open_line) -> tupl
     return line, int(bool(failures) or any(left.values()))
 
 
-def end(line: Line, status: int) -> int:
-    """Returns `status`; ends the process here if a back end hung, whose threads nobody can wait for."""
-    if line.has_hung:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+def end(status: int) -> NoReturn:
+    """Ends the process at once, when the line is stopped and all is written.
+
+    A thread may still be in a library, such as one that loads or decodes: if it came back while the
+    interpreter ends, the process would abort.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

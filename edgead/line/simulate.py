@@ -31,7 +31,7 @@ from edgead.line.inspector import bundle_opener
 from edgead.line.interfaces import Controls, Sink, Source
 from edgead.line.line import Line
 from edgead.line.recipe import CameraConfig, Recipe, SinkConfig, load
-from edgead.line.run import run
+from edgead.line.run import end, run
 from edgead.line.sinks import sink_module
 from edgead.line.standin import StandIn
 from edgead.line.verdicts import Verdict
@@ -207,7 +207,7 @@ def _child(life: dict[str, Any]) -> int:
         return 1
     hits = Path(out) / f"hits-{time.monotonic_ns()}.json"
     write_text(hits, json.dumps(day.hits))
-    return UNWRITTEN if status else 0
+    return end(UNWRITTEN if status else 0)
 
 
 if __name__ == "__main__":

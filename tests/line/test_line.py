@@ -204,7 +204,7 @@ def test_a_model_that_hangs_is_given_up_and_loaded_again(bench: Start, tiny_bund
     here = bench(open_model=lambda bundle: Moody(bundle, next(opened), []), stall_s=0.5)
     here.sources["top"].send(image())
     wait_for(lambda: (here.line.check() or here.verdicts(0)) == ["ERROR"])
-    assert here.records(1)[0]["reason"] == "the model hangs" and here.line.has_hung
+    assert here.records(1)[0]["reason"] == "the model hangs"
     wait_for(lambda: here.line.state()["ready"])
     here.sources["top"].send(image(BAD))
     assert here.verdicts(2)[1] == "NG"
@@ -351,7 +351,6 @@ def test_stop_gives_every_part_a_verdict_and_is_quick(bench: Start, gate: thread
     assert time.monotonic() - start_s < 10
     assert here.verdicts(5) == ["ERROR"] * 5
     assert here.line.stop() == {}
-    assert here.line.has_hung  # the process does not wait for that model
 
 
 def test_stop_waits_for_slow_sources_at_the_same_time(
@@ -363,4 +362,3 @@ def test_stop_waits_for_slow_sources_at_the_same_time(
     start_s = time.monotonic()
     here.line.stop(1.0)
     assert 0.5 <= time.monotonic() - start_s < 2
-    assert not here.line.has_hung

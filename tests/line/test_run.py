@@ -39,6 +39,12 @@ path = "results.jsonl"
 """
 
 
+@pytest.fixture(autouse=True)
+def here_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process must not end it."""
+    monkeypatch.setattr("edgead.line.run.end", lambda status: status)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, tiny_bundle: Path) -> Path:
     """tiny.edgead, and frames/ with 4 good images in a/ and 4 with a spot in b/."""
@@ -187,6 +193,30 @@ def test_a_service_says_what_systemd_wants_to_hear_and_ends_on_sigterm(folder: P
     ids = [record["part_id"] for record in records]
     assert ids == list(range(1, len(ids) + 1))
     assert out.startswith(f"{len(ids)} parts: ")
+
+
+def test_a_thread_that_is_still_in_a_library_does_not_abort_the_process(folder: Path) -> None:
+    """As one that decodes, or loads a bundle: OpenCV's code in C++ cannot be ended with its thread."""
+    program = (
+        "import sys, threading, cv2, numpy as np\n"
+        "from edgead.cli import main\n"
+        "image = np.zeros((700, 700, 3), np.uint8)\n"
+        "def blur():\n"
+        "    while True: cv2.GaussianBlur(image, (0, 0), 3)\n"
+        "threading.Thread(target=blur, daemon=True).start()\n"
+        "sys.exit(main(['run', *sys.argv[1:]]))\n"
+    )
+    path = recipe(folder)
+    for arguments, said in (([str(path), "--check"], "good."), ([str(path)], "8 parts: 4 OK, 4 NG; ")):
+        command = [sys.executable, "-c", program, *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stderr) == (0, "") and said in ended.stdout
+
+
+def test_the_end_writes_out_what_was_printed_and_keeps_the_status() -> None:
+    program = "from edgead.line.run import end\nprint('8 parts')\nend(1)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "8 parts\n")
 
 
 def test_sighup_takes_over_a_bundle_that_was_replaced(folder: Path, tiny: Tiny) -> None:
