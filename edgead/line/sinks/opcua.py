@@ -181,7 +181,16 @@ class OpcUaServer:
             place = self._places.get(written.NodeId)
             if place is not None and status.is_good() and written.Value.Value is not None:
                 camera, field = place
-                changes.setdefault(camera, {})[field] = written.Value.Value.Value
+                value = written.Value.Value.Value
+                if type(value) is type(getattr(self._inputs[camera], field)):
+                    changes.setdefault(camera, {})[field] = value
+                else:  # asyncua lets arrays of the right type pass
+                    logger.error(
+                        "camera %s: In.%s is no single value: %.60r is not taken",
+                        camera,
+                        INPUTS[field][0],
+                        value,
+                    )
         for camera, values in changes.items():
             self._inputs[camera] = inputs = replace(self._inputs[camera], **values)
             try:

@@ -143,6 +143,34 @@ def test_a_subscriber_sees_whole_results_and_a_plc_that_goes_away_finds_them_aga
     third.close()
 
 
+def test_arrays_are_not_taken(
+    sink: PlcSink, plc: Plc, controls: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, values in (
+        ("Tag", ua.Variant([1, 2], ua.VariantType.UInt32)),
+        ("Recipe", ua.Variant([0, 1], ua.VariantType.UInt16)),
+        ("Trigger", ua.Variant([True], ua.VariantType.Boolean)),
+    ):
+        plc.node(f"In.{name}").write_value(ua.DataValue(values))
+        assert f"In.{name} is no single value" in caplog.records[-1].message
+    assert not controls.triggers
+    plc.write(trigger=True, tag=3)
+    assert controls.triggers == [("top", 3, 1)] and plc.read()["busy"]
+
+
+def test_a_camera_that_fails_does_not_stop_the_heartbeat_of_the_next(
+    sink: PlcSink, plc: Plc, controls: Any, free_port: int, wait_for: Wait
+) -> None:
+    state = controls.state
+    controls.state = lambda: {**state(), "cameras": {"side": {"recipe": 1}}}  # nothing of the first
+    side = Plc(free_port, "side")
+    wait_for(lambda: side.read()["recipe"] == 1)
+    stands_still, goes_on = plc.read()["heartbeat"], side.read()["heartbeat"]
+    wait_for(lambda: side.read()["heartbeat"] >= goes_on + 3)
+    assert plc.read()["heartbeat"] <= stands_still + 1
+    side.close()
+
+
 def test_other_cameras_bad_types_and_outputs(
     sink: PlcSink, plc: Plc, controls: Any, make_record: Make, free_port: int, wait_for: Wait
 ) -> None:
