@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from edgead.bundle import Bundle
 from edgead.errors import EdgeADError, LineError
 from edgead.line.bundles import Bundles
 from edgead.line.camera import Camera
@@ -60,8 +61,8 @@ def open_line(
     if open_model is None:
         open_model = bundle_opener(settings.backend, settings.threads)
 
-    def load(path: Path) -> Inspector:
-        return Inspector(path, open_model=open_model, keep_warm_ms=settings.keep_warm_ms)
+    def load(bundle: Bundle) -> Inspector:
+        return Inspector(bundle, open_model=open_model, keep_warm_ms=settings.keep_warm_ms)
 
     with ExitStack() as opened:
         journal = Journal(settings.journal, sync=settings.sync)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from edgead.bundle import Bundle
 from edgead.errors import EdgeADError, LineError
 from edgead.line.inspector import Inspector
 
@@ -19,11 +20,11 @@ BACKOFF_S = (0.5, 30.0)
 class Bundles:
     """Inspectors by the path that the recipe file names. Any thread may call it."""
 
-    def __init__(self, paths: Iterable[Path], load: Callable[[Path], Inspector]) -> None:
+    def __init__(self, paths: Iterable[Path], load: Callable[[Bundle], Inspector]) -> None:
         """Loads all bundles, each once.
 
         Args:
-            load: Opens, verifies and warms up a bundle.
+            load: Verifies and warms up a bundle.
 
         Raises:
             EdgeADError: One of them cannot be loaded; then none is open.
@@ -35,7 +36,7 @@ class Bundles:
         self._is_closed = threading.Event()
         try:
             for path in dict.fromkeys(paths):
-                self._at_work[path] = load(path)
+                self._at_work[path] = load(Bundle.open(path))
         except BaseException:
             self.close()
             raise
@@ -68,7 +69,7 @@ class Bundles:
         """
         if path not in self._at_work:
             raise LineError(f"no recipe of this line uses {path}")
-        return self._load(new)
+        return self._load(Bundle.open(new))
 
     def put(self, path: Path, inspector: Inspector) -> None:
         """Puts another bundle in the place of one; what that has begun it finishes. Does not wait."""
@@ -80,10 +81,13 @@ class Bundles:
             former.retire()
         if self._is_closed.is_set():
             inspector.retire()
-        logger.warning("%s: %s took over", path, inspector.path)
+        logger.warning("%s: %s took over", path, inspector.bundle.path)
 
     def renew(self, inspector: Inspector, reason: str) -> None:
-        """Loads a bundle again whose model hangs or gave up: in a thread, until it succeeds."""
+        """Loads a bundle again whose model hangs or gave up: in a thread, until it succeeds.
+
+        Not its file, which somebody may have replaced: that is taken over when the line is told to.
+        """
         inspector.abandon()
         with self._lock:
             paths = [path for path, at_work in self._at_work.items() if at_work is inspector]
@@ -92,8 +96,8 @@ class Bundles:
                 self._changes[path] += 1
             places = {path: self._changes[path] for path in paths}
         if paths:  # otherwise somebody else is at it
-            logger.error("%s: %s: it is loaded again", inspector.path, reason)
-            arguments = (places, inspector.path)
+            logger.error("%s: %s: it is loaded again", inspector.bundle.path, reason)
+            arguments = (places, inspector.bundle)
             threading.Thread(target=self._load_again, args=arguments, daemon=True).start()
 
     def close(self) -> None:
@@ -103,13 +107,14 @@ class Bundles:
             if inspector is not None:
                 inspector.retire()
 
-    def _load_again(self, places: dict[Path, int], file: Path) -> None:
+    def _load_again(self, places: dict[Path, int], bundle: Bundle) -> None:
         pause_s, longest_s = BACKOFF_S
         while not self._is_closed.is_set():
             try:
-                inspector = self._load(file)
-            except (EdgeADError, OSError) as error:
-                logger.error("%s: cannot be loaded again: %s", file, error)
+                inspector = self._load(bundle)
+            except Exception as error:  # also MemoryError: the one that hangs may still hold its memory
+                said = error if isinstance(error, EdgeADError) else repr(error)
+                logger.error("%s: cannot be loaded again: %s", bundle.path, said)
                 self._is_closed.wait(pause_s)
                 pause_s = min(2 * pause_s, longest_s)
                 continue
@@ -118,7 +123,7 @@ class Bundles:
                 for path in paths:
                     self._at_work[path] = inspector
             if paths:
-                logger.warning("%s: at work again", file)
+                logger.warning("%s: at work again", bundle.path)
             if not paths or self._is_closed.is_set():
                 inspector.retire()
             return

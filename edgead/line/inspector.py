@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 
 import numpy as np
 
@@ -34,29 +33,28 @@ class Inspector:
     It is closed when it was retired and its last part has its answer.
 
     Attributes:
-        path: The file.
+        bundle: What was loaded.
         name: What the manifest calls it.
         threshold: The manifest's.
         needs_ns: Shortest time of the last few inferences, from start to answer; 0 before the first.
         profile: What good images of this bundle look like; None in bundles of earlier versions.
     """
 
-    def __init__(self, path: Path, *, open_model: Open, keep_warm_ms: float | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, open_model: Open, keep_warm_ms: float | None = None) -> None:
         """Loads a bundle, replays its golden samples and opens its slots.
 
         Raises:
             LineError: This device gives other verdicts than the bundle's reference.
-            BundleError, BackendError: The file is damaged, or the back end refuses it.
+            BackendError: The back end refuses it.
         """
-        self.path = path
-        bundle = Bundle.open(path)
+        self.bundle = bundle
         backend = open_model(bundle)
         try:
             check = replay(backend, bundle)
             if not check.ok:
                 raise LineError(
-                    f"{path}: not taken: on this device ({backend.name}, {backend.precision}) {check}; "
-                    "export it again, or name another back end"
+                    f"{bundle.path}: not taken: on this device ({backend.name}, {backend.precision})"
+                    f" {check}; export it again, or name another back end"
                 )
             self.name = bundle.manifest.name
             self.threshold = bundle.manifest.threshold.value

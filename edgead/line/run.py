@@ -79,7 +79,7 @@ def run(recipe: Recipe, *, opened: Callable[[Recipe], Line] = open_line) -> tupl
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     line = opened(recipe)
-    changes = _Changes(recipe, line)
+    changes = Changes(recipe, line)
     period_s = watchdog_period_s()
     try:
         with _signals(signal.SIGTERM, signal.SIGINT) as told_to_stop, _signals(signal.SIGHUP) as hang_up:
@@ -142,7 +142,7 @@ def _signals(*numbers: signal.Signals) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Changes:
+class Changes:
     """Which bundle files were replaced since they were loaded."""
 
     def __init__(self, recipe: Recipe, line: Line) -> None:
@@ -160,8 +160,9 @@ class _Changes:
                 if (now := _stamp(path)) != known:
                     self._line.swap(path, path)
                     self._known[path] = now
-            except (EdgeADError, OSError) as error:
-                logger.error("%s: not taken over, the line goes on as it is: %s", path, error)
+            except Exception as error:
+                said = error if isinstance(error, (EdgeADError, OSError)) else repr(error)
+                logger.error("%s: not taken over, the line goes on as it is: %s", path, said)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

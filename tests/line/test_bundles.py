@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edgead.bundle import Bundle
 from edgead.line.bundles import Bundles
 from edgead.line.inspector import Inspector
 from edgead.line.standin import StandIn
@@ -33,10 +34,10 @@ def test_a_bundle_put_in_while_the_old_one_is_loaded_again_stays(
     new = tiny.write(tmp_path / "new.edgead", name="renewed")
     made: list[Inspector] = []
 
-    def load(path: Path) -> Inspector:
-        if path == tiny_bundle and made:
+    def load(bundle: Bundle) -> Inspector:
+        if bundle.path == tiny_bundle and made:
             gate.wait()
-        made.append(Inspector(path, open_model=lambda bundle: StandIn(bundle, 0)))
+        made.append(Inspector(bundle, open_model=lambda bundle: StandIn(bundle, 0)))
         return made[-1]
 
     here = Bundles([tiny_bundle], load)

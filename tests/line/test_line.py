@@ -14,7 +14,8 @@ from edgead.errors import BundleError, LineError
 from edgead.line import bundles
 from edgead.line.assembly import open_sink
 from edgead.line.interfaces import Controls, Sink
-from edgead.line.recipe import Inspection, SinkConfig
+from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings, SinkConfig
+from edgead.line.run import Changes
 from edgead.line.standin import StandIn
 from edgead.runtime.backend import Backend, Slot
 from tests.line.conftest import (
@@ -211,6 +212,64 @@ def test_a_model_that_hangs_is_given_up_and_loaded_again(bench: Start, tiny_bund
     gates[0].set()  # what the old one says now is not heard
     time.sleep(0.1)
     assert len(here.records(2)) == 2
+
+
+def test_after_a_hang_the_same_bundle_comes_back_whatever_its_file_holds(
+    bench: Start,
+    gate: threading.Event,
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody has replaced the file and not told the line yet; and the first attempts to load fail."""
+    monkeypatch.setattr(bundles, "BACKOFF_S", (0.05, 0.05))
+    file = tiny.write(tmp_path / "one.edgead", name="old")
+    errors: list[Exception] = []
+
+    def open_model(bundle: Bundle) -> Backend:
+        if errors:
+            raise errors.pop()
+        return Moody(bundle, gate, [])
+
+    here = bench({"top": {"recipes": (Inspection(bundle=file),)}}, open_model=open_model, stall_s=0.5)
+    here.line.set_threshold("top", 9.0)  # for the scores of the old one
+    tiny.write(file, name="new")
+    errors += [MemoryError("the hung one still has it"), LineError("no device")]
+    gate.clear()
+    here.sources["top"].send(image())
+    wait_for(lambda: (here.line.check() or here.verdicts(0)) == ["ERROR"])
+    gate.set()
+    wait_for(lambda: here.line.state()["ready"])
+    assert camera_state(here, "recipes") == ["old"] and camera_state(here, "threshold") == 9.0
+    here.line.swap(file, file)
+    assert camera_state(here, "recipes") == ["new"] and camera_state(here, "threshold") == 0.4
+
+
+def test_whatever_a_new_bundle_fails_with_the_next_one_is_taken_over(
+    bench: Start, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tiny.write(tmp_path / f"{name}.edgead", name=name) for name in "ab"]
+    config = CameraConfig(
+        name="top",
+        deadline_ms=5000.0,
+        recipes=tuple(Inspection(bundle=file) for file in files),
+        kind="folder",
+        source=None,
+    )
+    recipe = Recipe(Settings(journal=tmp_path / "journal"), (config,), (), {})
+
+    def open_model(bundle: Bundle) -> Backend:
+        if bundle.manifest.name == "new a":
+            raise MemoryError("no room for two")
+        return StandIn(bundle, 0)
+
+    here = bench({"top": {"recipes": config.recipes}}, open_model=open_model)
+    changes = Changes(recipe, here.line)
+    for file, name in zip(files, "ab", strict=True):
+        tiny.write(file, name=f"new {name}")
+    changes.take_over()
+    said = "not taken over, the line goes on as it is: MemoryError('no room for two')"
+    wait_for(lambda: said in caplog.text and camera_state(here, "recipes") == ["a", "new b"])
 
 
 def test_a_bundle_is_swapped_under_load_without_losing_a_part(
