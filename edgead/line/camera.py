@@ -173,4 +173,5 @@ def _crop(image: np.ndarray, left: int, top: int, width: int, height: int) -> np
             f"roi_px [{left}, {top}, {width}, {height}] does not fit into this image of "
             f"{image.shape[1]} x {image.shape[0]} px"
         )
-    return image[top : top + height, left : left + width]
+    # A view would keep the whole image in memory for as long as a sink holds its region.
+    return image[top : top + height, left : left + width].copy()

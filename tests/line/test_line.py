@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,26 @@ def test_a_region_is_inspected_alone(bench: Start, tiny_bundle: Path) -> None:
     first, second = here.records(2)
     assert first["verdict"] == "NG"
     assert second["verdict"] == "NOT_INSPECTED" and "does not fit into this image" in second["reason"]
+
+
+def test_a_sink_that_holds_a_region_does_not_hold_its_image(
+    bench: Start, gate: threading.Event, tiny_bundle: Path
+) -> None:
+    gate.clear()
+    stuck = Stuck(gate)
+    stuck.wants_pictures = True
+    here = bench(
+        {"top": {"recipes": (Inspection(bundle=tiny_bundle, roi_px=(0, 0, 64, 64)),)}},
+        sinks=(SinkConfig("stuck", "stuck", None),),
+        sink=lambda c, controls: stuck if c.kind == "stuck" else open_sink(c, controls),
+    )
+    frame = image(side_px=128)
+    is_alive = weakref.ref(frame)
+    here.sources["top"].send(frame)
+    del frame
+    here.sources["top"].send(image(side_px=128))  # whose thread has let go of the first
+    assert here.verdicts(2) == ["OK", "OK"] and here.line.state()["sinks"]["stuck"]["waiting"] == 2
+    wait_for(lambda: is_alive() is None)
 
 
 def test_an_image_that_is_none_is_an_error_of_its_part_alone(bench: Start) -> None:
