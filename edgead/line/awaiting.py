@@ -60,6 +60,13 @@ class Awaiting:
         self._unsure_until_ns = 0
         return given_up
 
+    def overdue(self, now_ns: int) -> list[Part]:
+        """Gives up those whose image counts as lost by now."""
+        lost = []
+        while self._parts and now_ns - self._parts[0].trigger_ns > self._timeout_ns:
+            lost.append(self._parts.popleft())
+        return lost
+
     def match(self, shot: Shot, now_ns: int) -> tuple[Part | None, dict[str, list[Part]]]:
         """Takes out what an image decides.
 
@@ -67,9 +74,7 @@ class Awaiting:
             The part that it belongs to, None if nobody can say or nobody asked for it; and, by the
             reason, the parts that will get no image.
         """
-        given_up: dict[str, list[Part]] = {NEVER_CAME: [], UNSURE: []}
-        while self._parts and now_ns - self._parts[0].trigger_ns > self._timeout_ns:
-            given_up[NEVER_CAME].append(self._parts.popleft())
+        given_up: dict[str, list[Part]] = {NEVER_CAME: self.overdue(now_ns), UNSURE: []}
         is_exposed = shot.exposure_ns is not None
         if shot.image is None:
             # The images of those before it, which it leaves alone, may still be under way. One that was

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from edgead.line.awaiting import UNSURE
+from edgead.line.awaiting import NEVER_CAME, UNSURE
 from edgead.line.camera import Camera
 from edgead.line.interfaces import Picture, Shot
 from edgead.line.journal import Journal
@@ -86,6 +86,10 @@ class Desk:
                 ", ".join(str(other.part_id) for other in given_up[UNSURE]),
             )
         return part
+
+    def give_up_overdue(self, camera: Camera, now_ns: int) -> None:
+        """Also where no image comes at all."""
+        self._give_up(camera, camera.awaiting.overdue(now_ns), NEVER_CAME)
 
     def give_up_awaited(self, camera: Camera, reason: str) -> None:
         """No image that the PLC asked for comes any more."""

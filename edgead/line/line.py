@@ -319,6 +319,7 @@ class Line:
             with self._lock:
                 now_ns = time.monotonic_ns()
                 for camera in self._cameras.values():
+                    self._desk.give_up_overdue(camera, now_ns)
                     if camera.ledger.next_deadline_ns <= now_ns:
                         camera.ledger.expire(now_ns)
                         self._desk.release(camera)

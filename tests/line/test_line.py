@@ -112,6 +112,15 @@ def test_a_camera_that_refuses_the_trigger(bench: Start, monkeypatch: pytest.Mon
     assert record["reason"] == "the camera was not triggered: no connection"
 
 
+def test_images_that_never_come_are_counted_although_none_comes_after_them(bench: Start) -> None:
+    fields = {"trigger": "plc", "deadline_ms": 5.0, "image_timeout_ms": 20.0}
+    here = bench({"top": fields})
+    for _ in range(3):
+        here.line.trigger("top")
+    assert here.verdicts(3) == ["LATE"] * 3
+    wait_for(lambda: camera_state(here, "source")["missing_images"] == 3)
+
+
 def test_controls_refuse_what_there_is_not(bench: Start) -> None:
     line = bench().line
     with pytest.raises(LineError, match="there is no camera 'side': top"):
