@@ -16,6 +16,9 @@ The PLC writes `Inputs`, the line answers with `Outputs`:
                         <-   ack = 0
     ready = 1           ->
 
+The part is inspected by the recipe that stands there when its trigger rises, whoever has selected
+another since; if there is no such recipe the trigger is refused.
+
 A result is held until it is acknowledged; results that come meanwhile wait in their order, and each is
 shown once, while ack is 0. A camera whose images are its triggers shows its results in the same way. A
 trigger while `ready` is 0 is inspected nonetheless, because the part passes anyway, and counted.
@@ -53,7 +56,8 @@ class Inputs:
         trigger: A rising edge opens a part.
         ack: The result that is shown was read.
         tag: The PLC's number of the part, 32 bits; comes back with the result.
-        recipe: A change selects the recipe of this index for the parts triggered from then on.
+        recipe: A rising trigger, or a change, selects the recipe of this index for the parts triggered
+            from then on.
         heartbeat: Any value that changes while the PLC runs.
     """
 
@@ -73,7 +77,7 @@ class Outputs:
         busy: Triggered parts have no result yet.
         results_ready: The result below is valid, until it is acknowledged.
         refused: The trigger that is still high opened no part: the camera is not triggered by the PLC,
-            or the line is starting or stopping.
+            there is no such recipe, or the line is starting or stopping.
         overflow: Results were lost because too many waited; until those that wait are acknowledged.
         reject: Whether the part is to be rejected.
         has_score: The model gave a score in time.
@@ -192,13 +196,13 @@ class Handshake:
                 self.is_plc_missing = False
                 logger.info("camera %s: the PLC's heartbeat is back", self._camera)
         if inputs.recipe != before.recipe:
-            self._change_recipe(inputs.recipe)
+            self._change_recipe()
         if inputs.ack and self._shown is not None:
             self._shown = None
             self.counts["results_acknowledged"] += 1
             self._overflow = self._overflow and bool(self._waiting)
         if inputs.trigger and not before.trigger:
-            self._open_part(inputs.tag, was_ready=was_ready)
+            self._open_part(was_ready=was_ready)
         elif not inputs.trigger:
             self._refused = False
         self._show_next()
@@ -228,9 +232,10 @@ class Handshake:
         self.counts["plc_losses"] += 1
         logger.error("camera %s: no heartbeat of the PLC for %g s", self._camera, timeout_s)
 
-    def _open_part(self, tag: int, *, was_ready: bool) -> None:
+    def _open_part(self, *, was_ready: bool) -> None:
         try:
-            part_id = self._trigger(tag)
+            self._select()  # again: somebody else may have selected another since
+            part_id = self._trigger(self._inputs.tag)
         except LineError as error:
             self._refused = True
             self.counts["triggers_refused"] += 1
@@ -240,14 +245,16 @@ class Handshake:
         self.counts["triggers"] += 1
         self.counts["triggers_not_ready"] += not was_ready
 
-    def _change_recipe(self, index: int) -> None:
+    def _change_recipe(self) -> None:
         try:
-            self._select_recipe(index)
+            self._select()
         except LineError as error:
             self.counts["recipes_refused"] += 1
             logger.warning("camera %s: recipe refused: %s", self._camera, error)
-        else:
-            self._recipe = index
+
+    def _select(self) -> None:
+        self._select_recipe(self._inputs.recipe)
+        self._recipe = self._inputs.recipe
 
     def _show_next(self) -> None:
         if self._shown is None and self._waiting and not self._inputs.ack:

@@ -177,8 +177,9 @@ class Line:
         if not 0 <= index <= last:
             raise LineError(f"camera {camera} has no recipe {index}: 0 to {last}")
         with self._lock:
-            chosen.recipe = index
-        logger.info("camera %s: recipe %d", camera, index)
+            before, chosen.recipe = chosen.recipe, index
+        if index != before:
+            logger.info("camera %s: recipe %d", camera, index)
 
     def set_threshold(self, camera: str, value: float) -> None:
         """See `Controls`."""

@@ -183,6 +183,25 @@ def test_recipes_by_index() -> None:
     assert station.outputs.recipe == 0
 
 
+def test_the_recipe_of_a_trigger_is_the_plcs() -> None:
+    line = Line()
+    plc = Plc(handshake(line))
+    plc.write(recipe=1, trigger=True)
+    plc.write(trigger=False)
+    line.recipe = 0  # somebody else selects it
+    plc.write(trigger=True)
+    assert line.recipe == 1 and len(line.opened) == 2
+    plc.write(trigger=False)
+    plc.write(recipe=7)
+    plc.write(trigger=True)
+    outputs = plc.station.outputs
+    assert (len(line.opened), outputs.refused, outputs.recipe) == (2, True, 1)
+    assert plc.station.counts["recipes_refused"] == plc.station.counts["triggers_refused"] == 1
+    plc.write(trigger=False)
+    plc.write(recipe=2, trigger=True)
+    assert len(line.opened) == 3 and line.recipe == 2 and not plc.station.outputs.refused
+
+
 def test_the_line_that_is_not_ready_shows_that() -> None:
     station = handshake(Line())
     station.beat(now_s=1.0, is_line_ready=False, recipe=0)
@@ -248,9 +267,9 @@ class AnyPlc(RuleBasedStateMachine):
     def trigger(self, value: bool, tag: int) -> None:
         before, was_high = len(self.line.opened), self.plc.inputs.trigger
         self._write(trigger=value, tag=tag)
-        rises = value and not was_high
-        assert len(self.line.opened) - before == (rises and not self.line.refuses)
-        assert not rises or self.station.outputs.refused == self.line.refuses
+        rises, is_refused = value and not was_high, self.line.refuses or self.plc.inputs.recipe > 2
+        assert len(self.line.opened) - before == (rises and not is_refused)
+        assert not rises or self.station.outputs.refused == is_refused
 
     @rule(value=st.booleans())
     def acknowledge(self, value: bool) -> None:
