@@ -24,6 +24,7 @@ _SCHEMA = """
         late INTEGER NOT NULL,
         camera TEXT NOT NULL,
         payload BLOB,  -- NULL: has left the queue
+        trigger_ns INTEGER,  -- NULL: of a version that did not keep it
         UNIQUE (part_id, late)
     );
     CREATE INDEX IF NOT EXISTS waiting ON records (seq) WHERE payload IS NOT NULL;
@@ -69,15 +70,24 @@ class DiskQueue:
     def add(self, record: Record, *, is_late: bool) -> None:
         """Puts a record at the end, or nothing if it was put there before.
 
+        A part of the same id but another trigger was one of before the journal was lost, in part or as a
+        whole: both are kept.
+
         Raises:
             LineError: The disk is full or gone.
         """
-        row = (record.part_id, is_late, record.camera, encode(record, is_late=is_late))
+        key = (record.part_id, is_late, record.trigger_ns)
         with self._lock, self._errors():
             with self._database:
+                self._database.execute(  # no part has this id: only the payload says what it was
+                    "UPDATE records SET part_id = -seq"
+                    " WHERE part_id = ? AND late = ? AND trigger_ns != ?",
+                    key,
+                )
                 added = self._database.execute(
-                    "INSERT OR IGNORE INTO records (part_id, late, camera, payload) VALUES (?, ?, ?, ?)",
-                    row,
+                    "INSERT OR IGNORE INTO records (part_id, late, trigger_ns, camera, payload)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    (*key, record.camera, encode(record, is_late=is_late)),
                 ).rowcount
                 dropped = self._drop(self.count + added - self._limit)
             self.count += added - dropped
@@ -139,6 +149,9 @@ class DiskQueue:
             for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
                 self._database.execute(f"PRAGMA {pragma}")
             self._database.executescript(_SCHEMA)
+            columns = self._database.execute("PRAGMA table_info (records)").fetchall()
+            if "trigger_ns" not in {column[1] for column in columns}:  # of an earlier version
+                self._database.execute("ALTER TABLE records ADD COLUMN trigger_ns INTEGER")
             query = "SELECT count(*) FROM records WHERE payload IS NOT NULL"
             self.count: int = self._database.execute(query).fetchone()[0]
         except Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -80,6 +81,37 @@ def test_what_left_long_ago_is_forgotten(
     known = [part_id for part_id in range(21) if queue.knows(part_id)]
     assert known == [0, 15, 16, 17, 18, 19], "the first still waits"
     queue.close()
+
+
+def test_a_part_id_that_is_given_again_is_another_part(tmp_path: Path, make_record: Make) -> None:
+    """As after the journal was deleted."""
+    queue = DiskQueue(tmp_path / "queue", 10)
+    for part_id in (1, 2):
+        queue.add(make_record(part_id), is_late=False)
+    queue.remove(queue.next(1, set())[0][0])
+    for part_id in (1, 2, 2):
+        queue.add(make_record(part_id, verdict=Verdict.NG, trigger_ns=5), is_late=False)
+    rows = [json.loads(payload) for _, _, _, payload in queue.next(10, set())]
+    assert [(row["part_id"], row["verdict"]) for row in rows] == [(2, "OK"), (1, "NG"), (2, "NG")]
+    assert queue.count == 3
+    queue.close()
+
+
+def test_the_queue_of_an_earlier_version_is_taken_on(tmp_path: Path, make_record: Make) -> None:
+    path = tmp_path / "queue"
+    with sqlite3.connect(path) as database:
+        database.executescript(
+            "CREATE TABLE records (seq INTEGER PRIMARY KEY AUTOINCREMENT, part_id INTEGER NOT NULL,"
+            " late INTEGER NOT NULL, camera TEXT NOT NULL, payload BLOB, UNIQUE (part_id, late));"
+            """INSERT INTO records VALUES (7, 1, 0, 'top', '{"part_id": 1}');"""
+        )
+    database.close()
+    for _ in range(2):
+        queue = DiskQueue(path, 10)
+        for part_id in (1, 2):
+            queue.add(make_record(part_id), is_late=False)
+        assert waiting(queue) == [1, 2] and queue.count == 2
+        queue.close()
 
 
 def test_only_one_has_the_queue(tmp_path: Path) -> None:
