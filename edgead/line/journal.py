@@ -12,6 +12,10 @@ not have got. A folder of segments, `journal-00000001.log` and on; as many are k
 Each line is written to the file at once, which survives `kill -9`. Against power cuts `sync` says when
 the disk has to have it: "second", each second, in a thread of its own; "always", before anybody hears of
 the verdict, which then waits for the disk; "never" leaves it to the system.
+
+The file `lock` says how the last process ended. If parts may be missing from the journal, because the
+machine went down or the disk was full, the next ones get ids that are a million higher: sinks may have
+the missing ones.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ SYNCS = ("never", "second", "always")
 SEGMENT_PARTS = 10_000
 KEPT_IN_MEMORY = 100_000
 LINES_OF_A_WRITE = 1000
+JUMP = 1_000_000  # in part ids
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,13 @@ class Journal:
             self._sizes: dict[Path, int] = {}  # of the segments that are kept: their records
             self.past = self._read(segments)
             self._next = self.past.next_part_id
+            if self._may_lack_parts():
+                self._next += JUMP
+                logger.warning(
+                    "journal %s: it may lack its last parts: part ids go on at %d", folder, self._next
+                )
+            self._say("running")
+            self._reach_disk(os.dup(self._lock))  # a power cut must not leave that it was closed
             self._number = int(segments[-1].stem.rpartition("-")[2]) if segments else 0
             self._start_segment()
         except BaseException:
@@ -145,9 +158,23 @@ class Journal:
             self._syncing.join(1)
         self._write()
         self._tidy()
+        if not self._waiting:
+            self._say("closed")
         os.close(self._file)
         os.close(self._lock)
         self._file = -1
+
+    def _may_lack_parts(self) -> bool:
+        """Whether ids may have been given that it does not know; `kill -9` alone loses none."""
+        state, _, boot = os.pread(self._lock, 100, 0).decode(errors="replace").strip().partition(" ")
+        return state == "refused" or (state == "running" and boot.strip() != _boot())
+
+    def _say(self, state: str) -> None:
+        """For the next process. All states have the same length, for which a full disk has room, too."""
+        try:
+            os.pwrite(self._lock, f"{state:7} {_boot()}\n".encode(), 0)
+        except OSError as error:
+            logger.error("journal %s: %s", self._folder / "lock", error.strerror)
 
     def _segments(self) -> list[Path]:
         return sorted(self._folder.glob("journal-????????.log"))
@@ -213,6 +240,7 @@ class Journal:
             return
         if self._is_refused and not self._waiting:
             self._is_refused = False
+            self._say("running")
             logger.warning("journal %s: the disk takes it again", self._folder)
 
     def _sync_each_second(self) -> None:
@@ -242,6 +270,7 @@ class Journal:
     def _note_failure(self, error: OSError) -> None:
         if not self._is_refused:
             logger.error("journal %s: %s: it is kept in memory", self._folder, error.strerror)
+            self._say("refused")
         self._is_refused = True
         self.failures += 1
         while len(self._waiting) > KEPT_IN_MEMORY:
@@ -270,6 +299,14 @@ class Journal:
                 OpenTrigger(part_id, str(entry["camera"]), int(entry["trigger_ns"]), entry.get("tag"))
             )
         return past
+
+
+def _boot() -> str:
+    """Another one after each start of the machine; empty where the system does not tell."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _line(entry: dict[str, Any]) -> bytes:

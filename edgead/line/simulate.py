@@ -96,7 +96,7 @@ def simulate(
     if for_s is None and any(fault.kind == "kill" for fault in faults):
         raise LineError("faults that kill need an end: say for how many seconds with --for")
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("fates*.jsonl"), *out.glob("journal/*.log"), *out.glob("hits-*.json")):
+    for old in (*out.glob("fates*.jsonl"), *out.glob("journal/*"), *out.glob("hits-*.json")):
         old.unlink()
     start_ns = time.monotonic_ns()
     life = {

@@ -139,6 +139,35 @@ def test_a_file_cut_anywhere_is_read_up_to_there(
     assert past.next_part_id > max(triggers, default=0)
 
 
+@pytest.mark.parametrize("end", ["killed", "power cut", "full disk"])
+def test_no_part_id_is_given_twice_where_the_journal_may_lack_some(
+    tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of files stands in for a full disk, another boot id for a power cut."""
+    program = (
+        "import os, resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from edgead.line.journal import Journal\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "journal.trigger('top', 1, None)\n"
+        "if sys.argv[2] == 'full disk':\n"
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "journal.trigger('top', 2, None)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path), end], cwd=Path(__file__).parents[2])
+    if end == "power cut":
+        monkeypatch.setattr(module, "BOOT_ID", tmp_path / "boot")
+        (tmp_path / "boot").write_text("fa4e")
+    journal = Journal(tmp_path)
+    next_id = {"killed": 3, "power cut": 3 + module.JUMP, "full disk": 2 + module.JUMP}[end]
+    assert journal.trigger("top", 3, None) == next_id
+    journal.close()
+    monkeypatch.setattr(module, "BOOT_ID", tmp_path / "another")  # it was closed: nothing can be missing
+    assert Journal(tmp_path).trigger("top", 4, None) == next_id + 1
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with pytest.raises(LineError, match="another process runs this line"):
