@@ -204,7 +204,14 @@ class Journal:
             self._tidy()
 
     def _tidy(self) -> None:
-        """Closes full segments, and deletes those that are not needed any more."""
+        """Closes full segments, and deletes those that are not needed any more: later, if it fails."""
+        try:
+            self._tidy_up()
+        except OSError as error:  # such as no file descriptor left
+            self.failures += 1
+            logger.error("journal %s: %s", self._folder, error.strerror)
+
+    def _tidy_up(self) -> None:
         current = self._path
         self._reach_disk(os.dup(self._file))  # before the segment goes that says the same
         while self._full:

@@ -18,6 +18,7 @@ from edgead.errors import LineError
 from edgead.line import journal as module
 from edgead.line.journal import Journal
 from edgead.line.verdicts import Record, Verdict
+from tests.line.conftest import wait_for
 
 
 def record(part_id: int, verdict: Verdict = Verdict.OK) -> Record:
@@ -207,6 +208,29 @@ def test_a_full_disk_loses_nothing_once_it_has_room_again(tmp_path: Path) -> Non
     journal.close()
     past = reopened(tmp_path)
     assert [r.part_id for r in past.records] == list(range(1, 12))
+
+
+def test_a_moment_without_a_file_descriptor_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SEGMENT_PARTS", 5)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    journal = Journal(tmp_path, sync="second")
+    held = [os.open("/dev/null", os.O_RDONLY)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 20, limits[1]))
+        with pytest.raises(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        wait_for(lambda: journal.failures > 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in held:
+            os.close(file)
+    for _ in range(50):
+        journal.verdict(record(journal.trigger("top", 9, None)))
+    wait_for(lambda: len(list(tmp_path.glob("journal-*.log"))) == 2)
+    journal.close()
 
 
 def test_each_outage_of_the_disk_is_logged_and_made_up_for(
