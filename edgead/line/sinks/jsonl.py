@@ -2,12 +2,14 @@
 
 A full file becomes NAME.1.jsonl, that one NAME.2.jsonl, and so on. Each line is one write to the file,
 so that it survives `kill -9`; what a power cut left of the last line is moved to NAME.cut.jsonl when the
-file is opened again. A file that was moved or deleted (logrotate) is made anew at the next record.
+file is opened again. A file that was moved or deleted (logrotate) is made anew at the next record. The
+file is locked: it has one writer.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -67,7 +69,8 @@ def open_sink(config: Config, *, controls: Controls) -> JsonLines:
     """Opens the files.
 
     Raises:
-        LineError: They cannot be written, or there is a file of this name that holds something else.
+        LineError: They cannot be written, another line or sink writes them, or there is a file of this
+            name that holds something else.
     """
     return JsonLines(config)
 
@@ -141,17 +144,21 @@ class _Lines:
         """Opens the file for appending; an incomplete last line is moved aside.
 
         Raises:
-            LineError: The file holds something else.
+            LineError: The file holds something else, or has another writer.
             OSError: It cannot be opened.
         """
         self.rotations = 0
-        self._path, self._keep = path, config.keep
+        self._path, self._config, self._keep = path, config, config.keep
         self._limit_bytes = round(config.rotate_mib * 2**20)
         self._sync, self._syncs_always = config.sync != "never", config.sync == "always"
         self._is_synced = True
         self._is_named = False  # the disk has the name of the file, too
-        self._size = _repaired_size(path)
-        self._file = _open(path)
+        self._file = _open_alone(path, config)
+        try:
+            self._size = _repaired_size(path)
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, line: bytes) -> None:
         """Writes a line, or nothing of it.
@@ -199,6 +206,8 @@ class _Lines:
             self.sync()
         except OSError as error:
             logger.error("%s: cannot be synced: %s", self._path, error.strerror)
+        if _LOCKED.get(self._path, (None, -1))[1] == self._file:
+            del _LOCKED[self._path]
         os.close(self._file)
         self._file = -1
 
@@ -221,7 +230,7 @@ class _Lines:
         except FileNotFoundError:
             is_mine = False
         if not is_mine:  # moved or deleted
-            file = _open(self._path)
+            file = _open_alone(self._path, self._config)
             os.close(self._file)
             self._file, self._is_named = file, False
             mine = os.fstat(file)
@@ -270,8 +279,31 @@ class _PartIds:
         return bool(self._bits[place // 8] >> place % 8 & 1)
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+_LOCKED: dict[Path, tuple[Config, int]] = {}  # who writes a file, and the open file that is locked
+
+
+def _open_alone(path: Path, config: Config) -> int:
+    """Opens a file and locks it.
+
+    Raises:
+        LineError: Another line, or another sink, writes it.
+        OSError: It cannot be opened.
+    """
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        writer, locked = _LOCKED.get(path, (None, -1))
+        if writer is not config:
+            raise LineError(
+                f"path {path}: another line or sink writes to it: give one of them another name"
+            ) from error
+        file = os.dup(locked)  # of the same sink, whose write hangs: with its lock
+    except OSError:
+        pass  # a file system without locks
+    _LOCKED[path] = config, file
+    return file
 
 
 def _numbered(path: Path, number: int) -> Path:

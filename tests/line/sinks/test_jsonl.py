@@ -224,6 +224,42 @@ def test_a_file_that_was_moved_or_deleted_is_made_anew(tmp_path: Path, make_reco
     assert parts(path) == [3, 4]
 
 
+def test_a_file_has_one_writer(tmp_path: Path, make_record: Make) -> None:
+    """Two would cut each other's lines off, as those of a write that failed."""
+    path = tmp_path / "r.jsonl"
+    sink = opened(path)
+    sink.write(make_record(1), None)
+    with pytest.raises(LineError, match="another line or sink writes to it"):
+        opened(path)
+    path.rename(tmp_path / "r.jsonl.1")
+    sink.write(make_record(2), None)  # to the new file, which it locks
+    with pytest.raises(LineError, match="another line or sink writes to it"):
+        opened(path)
+    program = (
+        "import sys; from pathlib import Path; from edgead.line.sinks.jsonl import Config, JsonLines\n"
+        "JsonLines(Config(path=Path(sys.argv[1])))\n"
+    )
+    other = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert "another line or sink writes to it" in other.stderr
+    assert parts(path) == [2]
+    sink.close()
+    opened(path).close()
+
+
+def test_a_sink_that_is_opened_again_takes_the_lock_of_the_one_that_hangs(
+    tmp_path: Path, make_record: Make
+) -> None:
+    config = Config(path=tmp_path / "r.jsonl")
+    stuck = JsonLines(config)
+    sink = JsonLines(config)
+    stuck.close()
+    sink.write(make_record(1), None)
+    with pytest.raises(LineError, match="another line or sink writes to it"):
+        opened(config.path)
+    sink.close()
+    opened(config.path).close()
+
+
 def test_half_a_line_that_could_not_be_taken_back_goes_before_the_next(
     tmp_path: Path, make_record: Make
 ) -> None:
