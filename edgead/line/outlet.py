@@ -88,11 +88,15 @@ class Outlet:
     def missed(self, records: list[Record]) -> list[Record]:
         """Those of the last records, in the order in which they were given out, that the sink lacks.
 
-        For the start of the line, before the first `put`.
+        For the start of the line, before the first `put`. What was given out before a record that the
+        sink has, it had too, though it may be elsewhere now: moved by logrotate, deleted for room.
         """
         if self._mark is not None:
             return self._mark.missed(records)
-        return [record for record in records if not self._sink.knows(record.part_id)]
+        is_known = [self._sink.knows(record.part_id) for record in records]
+        first = is_known.index(True) if True in is_known else 0
+        later = zip(records[first:], is_known[first:], strict=True)
+        return [record for record, is_known in later if not is_known]
 
     @property
     def waiting(self) -> int:

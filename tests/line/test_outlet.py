@@ -237,6 +237,20 @@ def test_whatever_fails_each_record_is_written_once_in_order_or_counted_as_dropp
     assert sum(sink.pictures) + counters["pictures_dropped"] <= count
 
 
+@pytest.mark.parametrize(
+    ("known", "missed"), [([], [1, 2, 3, 4, 5]), ([3, 5], [4]), ([1, 2], [3, 4, 5]), ([5], [])]
+)
+def test_what_came_before_a_record_that_a_sink_has_is_not_given_again(
+    known: list[int], missed: list[int]
+) -> None:
+    """Its files were moved by logrotate, or it has deleted the oldest for room."""
+    sink = ListSink()
+    sink.parts += known
+    made = outlet(sink)
+    assert [r.part_id for r in made.missed([record(part_id) for part_id in range(1, 6)])] == missed
+    made.close(1)
+
+
 def test_close_gives_up_in_time_and_says_what_is_left(gate: threading.Event) -> None:
     sink = ListSink(lambda record: gate.wait() and None)
     way = outlet(sink)

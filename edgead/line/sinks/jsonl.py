@@ -18,6 +18,7 @@ import threading
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from edgead.errors import LineError
@@ -311,9 +312,11 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def _read_part_ids(path: Path, keep: int) -> _PartIds:
-    """Of the file and as many full ones as it takes for _READ_PARTS."""
+    """Of the file and as many full ones, and then those of logrotate, as it takes for _READ_PARTS."""
     newest_first: list[array[int]] = []
-    for file in (path, *(_numbered(path, number) for number in range(1, keep + 1))):
+    full = (_numbered(path, number) for number in range(1, keep + 1))
+    moved = path.parent.glob(f"{escape(path.name)}[.-]*")  # results.jsonl.1, results.jsonl-20260331
+    for file in (path, *full, *sorted(moved, key=lambda file: -file.stat().st_mtime_ns)):
         if sum(map(len, newest_first)) >= _READ_PARTS:
             break
         if file.is_file():

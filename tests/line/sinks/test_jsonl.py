@@ -224,6 +224,20 @@ def test_a_file_that_was_moved_or_deleted_is_made_anew(tmp_path: Path, make_reco
     assert parts(path) == [3, 4]
 
 
+@pytest.mark.parametrize("name", ["r.jsonl.1", "r.jsonl-20260331"])
+def test_parts_in_a_file_that_logrotate_has_moved_are_known(
+    tmp_path: Path, make_record: Make, name: str
+) -> None:
+    sink = opened(tmp_path / "r.jsonl")
+    sink.write(make_record(5), None)
+    sink.close()
+    (tmp_path / "r.jsonl").rename(tmp_path / name)
+    (tmp_path / "r.jsonl-20260301.gz").write_bytes(b"\x1f\x8b\n\n")
+    sink = opened(tmp_path / "r.jsonl")
+    assert sink.knows(5) and not sink.knows(6)
+    sink.close()
+
+
 def test_a_file_has_one_writer(tmp_path: Path, make_record: Make) -> None:
     """Two would cut each other's lines off, as those of a write that failed."""
     path = tmp_path / "r.jsonl"
