@@ -140,10 +140,15 @@ class Archive:
 
     def write_late(self, record: Record) -> None:
         """Puts what the model said too late beside the part's record."""
+        if not self._make_room():
+            return
         key = _key(record)
-        write_bytes(
-            self._files.path(key, ".late.json"), encode(record, is_late=True) + b"\n", sync=False
-        )
+        content = encode(record, is_late=True) + b"\n"
+        try:
+            write_bytes(self._files.path(key, ".late.json"), content, sync=False)
+        except OSError as error:
+            self._give_up(key, error)
+            raise
         self._files.add(key)
 
     def knows(self, part_id: int) -> bool:

@@ -200,6 +200,26 @@ def test_a_disk_that_is_full_is_an_error_and_leaves_no_half_part(
     assert kept(tmp_path) == [2]
 
 
+def test_a_late_result_for_which_the_disk_has_no_room_deletes_the_oldest_part(
+    tmp_path: Path, make_record: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would be tried again for ever, and nothing behind it be written."""
+    sink = opened(tmp_path)
+    for part_id in (1, 2):
+        sink.write(make_record(part_id, verdict=Verdict.LATE), picture())
+
+    def refused(path: Path, content: bytes, *, sync: bool = True) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as full, pytest.raises(OSError):
+        full.setattr(archive, "write_bytes", refused)
+        sink.write_late(make_record(2, verdict=Verdict.LATE))
+    assert kept(tmp_path) == [2] and sink.counters()["parts"] == 1
+    sink.write_late(make_record(2, verdict=Verdict.LATE))
+    names = [name.partition("_top")[2] for name in files(tmp_path)]
+    assert names == [".heat.jpg", ".json", ".late.json", ".png"]
+
+
 def test_writing_a_part_again_keeps_its_image_and_counts_it_once(
     tmp_path: Path, make_record: Make
 ) -> None:
