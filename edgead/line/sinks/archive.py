@@ -6,18 +6,19 @@
     FOLDER/2026-03-31/LATE/000000000043_top.late.json what the model said after the deadline
 
 Days are of UTC; the number is the part id. A part whose image was lost has its record only. When the
-quota is full the oldest parts are deleted, also those of earlier runs, but only files with names like
-these. The files are not forced to the disk: a power cut can take those of the last half minute.
+quota is full the oldest parts are deleted, first those of earlier runs by their numbers (the clock may
+have been wrong), but only files with names like these. The files are not forced to the disk: a power
+cut can take those of the last half minute.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import heapq
 import logging
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ _DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 _FILE = re.compile(r"((?a:\d{12,19})_[\w-]+)(\.png|\.heat\.jpg|\.json|\.late\.json)")
 _UNFINISHED = re.compile(rf"\.{_FILE.pattern}\.[0-9a-f]{{8}}\.tmp")  # as edgead.files names them
 
-_Key = tuple[str, int, str, str]  # day, part id, verdict, name of its files without suffix: oldest first
+_Key = tuple[int, str, str, str]  # part id, day, verdict, name of its files without suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ class _Files:
         self.total_bytes = self.deleted = 0
         self._folder = folder
         self._bytes: dict[_Key, int] = {}
-        self._oldest: list[_Key] = []  # a heap
+        self._oldest_first: deque[_Key] = deque()
 
     def scan(self) -> None:
         """Finds the files of earlier runs, and deletes what a crash left unfinished."""
@@ -219,11 +220,12 @@ class _Files:
                         file.unlink()
                     elif match:
                         name = match[1]
-                        self._count((day.name, int(name.partition("_")[0]), verdict.name, name), file)
+                        self._count((int(name.partition("_")[0]), day.name, verdict.name, name), file)
+        self._oldest_first = deque(sorted(self._oldest_first))
 
     def path(self, key: _Key, suffix: str) -> Path:
         """Of a file of a part; its folder is made."""
-        day, _, verdict, name = key
+        _, day, verdict, name = key
         folder = self._folder / day / verdict
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}{suffix}"
@@ -245,10 +247,10 @@ class _Files:
 
     def delete_oldest(self) -> bool:
         """False: there is none."""
-        if not self._oldest:
+        if not self._oldest_first:
             return False
-        key = heapq.heappop(self._oldest)
-        day, part_id, verdict, name = key
+        key = self._oldest_first.popleft()
+        part_id, day, verdict, name = key
         folder = self._folder / day / verdict
         try:
             for suffix in SUFFIXES:
@@ -268,8 +270,8 @@ class _Files:
         size = file.stat().st_size
         if key not in self._bytes:
             self._bytes[key] = 0
-            heapq.heappush(self._oldest, key)
-            self.part_ids.add(key[1])
+            self._oldest_first.append(key)
+            self.part_ids.add(key[0])
         self._bytes[key] += size
         self.total_bytes += size
 
@@ -281,7 +283,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 def _key(record: Record) -> _Key:
     day = datetime.fromtimestamp(record.trigger_ns // 10**9, timezone.utc).strftime("%Y-%m-%d")
     camera = re.sub(r"[^\w-]", "_", record.camera)
-    return day, record.part_id, record.verdict.value, f"{record.part_id:012d}_{camera}"
+    return record.part_id, day, record.verdict.value, f"{record.part_id:012d}_{camera}"
 
 
 def _heat(record: Record, picture: Picture) -> np.ndarray | None:

@@ -123,6 +123,20 @@ def test_the_oldest_parts_go_when_the_quota_is_full(tmp_path: Path, make_record:
     assert DAY not in days, "empty folders go, too"
 
 
+def test_new_parts_stay_whatever_the_clock_and_the_journal_say(
+    tmp_path: Path, make_record: Make
+) -> None:
+    """A box without a battery for its clock begins in 1970; with a new journal part ids begin at 1."""
+    quota_mib = 5.9 * 40 * 60 * 3 * 2 / 2**20
+    for first, trigger_ns in ((100, DAY_NS * 19_000), (200, 60 * 10**9), (1, DAY_NS * 19_001)):
+        sink = opened(tmp_path, quota_mib=quota_mib)
+        for part_id in range(first, first + 8):
+            record = make_record(part_id, verdict=Verdict.NG, trigger_ns=trigger_ns)
+            sink.write(record, picture(part_id))
+        assert first + 7 in kept(tmp_path) and len(kept(tmp_path)) > 1
+        assert set(kept(tmp_path)) <= set(range(first, first + 8))
+
+
 def test_parts_of_earlier_runs_count_and_nothing_else_is_ever_deleted(
     tmp_path: Path, make_record: Make
 ) -> None:
