@@ -190,6 +190,12 @@ def load(path: Path) -> Recipe:
         sink = _sink(tables, table, ("sink", index), {other.name for other in sinks})
         sinks.append(sink)
         where[f"sink {sink.name}"] = f"{path}:{tables.line(('sink', index))}: "
+        if sink.kind == "webhook" and sink.config.timeout_s >= settings.stall_s:
+            raise tables.error(
+                ("sink", index, "timeout_s"),
+                f"timeout_s is {sink.config.timeout_s:g}, expected less than the stall_s of the line, "
+                f"{settings.stall_s:g}: a slow answer would count as a hang and be asked for again",
+            )
     if not sinks:
         raise LineError(
             f'{path}: has no sink, nobody would get a verdict; write [[sink]] with kind = "jsonl"'

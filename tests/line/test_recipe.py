@@ -86,6 +86,12 @@ def test_paths_are_those_beside_the_file(folder: Path) -> None:
             20,
             "name of the sink is ['a'], expected text",
         ),
+        (
+            'kind = "jsonl"\npath = "results.jsonl"',
+            'kind = "webhook"\nurl = "http://a"\ntimeout_s = 10',
+            21,
+            "timeout_s is 10, expected less than the stall_s of the line, 10:",
+        ),
         ("deadline_ms = 40", "deadline_ms = 40\nqueue = 0", 8, "queue is 0, expected 1 to 10000"),
         ("deadline_ms = 40", "deadline_ms = 40\nstart_recipe = 2", 8, "start_recipe is 2, there are 2"),
         (

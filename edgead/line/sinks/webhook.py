@@ -35,7 +35,7 @@ class Config:
 
     Attributes:
         url: Where to.
-        timeout_s: For the connection and for each part of the answer.
+        timeout_s: For the connection and for each part of the answer; less than `stall_s` of the line.
         token_env: Environment variable that holds a bearer token.
         ca_file: Certificate of the authority that signed the server's, if the system does not know it.
     """
