@@ -221,12 +221,13 @@ class Line:
         with self._lock:  # no part may meet the new scores with a threshold for the old
             self._bundles.put(path, inspector)
             dropped = [
-                (camera.name, camera.drop_threshold(index))
+                (camera.name, index, camera.drop_threshold(index))
                 for camera in self._cameras.values()
                 for index, recipe in enumerate(camera.config.recipes)
                 if recipe.bundle == path
             ]
-        for name, value in dropped:
+        for name, index, value in dropped:
+            self.statistics.new_bundle(name, index)
             if value is not None:
                 logger.warning(
                     "camera %s: the threshold %g that was set by hand does not hold any more: %s is new",

@@ -137,6 +137,14 @@ class Statistics:
             if known is not None and known.current is not None:
                 known.scores[known.current].cusum.reset()
 
+    def new_bundle(self, camera: str, recipe: int) -> None:
+        """Scores of this recipe are those of another bundle from now on: drift is measured anew."""
+        with self._lock:
+            if known := self._cameras.get(camera):
+                for (index, _), scores in known.scores.items():
+                    if index == recipe:
+                        scores.cusum.reset()
+
     def latencies(self) -> dict[str, dict[str, Histogram]]:
         """Copies of the histograms by camera and stage."""
         with self._lock:

@@ -334,6 +334,27 @@ def test_a_new_bundle_is_judged_by_its_own_threshold(
     assert camera_state(here, "threshold") == 0.2  # the recipe file's stays
 
 
+def test_drift_is_measured_anew_with_a_new_bundle(bench: Start, tiny_bundle: Path) -> None:
+    """Also if it has the name of the old one, as after edgead recalibrate."""
+    here = bench()
+
+    def baseline_scores() -> int:
+        drift = here.line.statistics.drift("top")
+        assert drift is not None
+        count: int = drift["baseline"]["scores"]
+        return count
+
+    for count in (1, 2):
+        here.sources["top"].send(image())
+        here.records(count)
+    assert baseline_scores() == 2
+    here.line.swap(tiny_bundle, tiny_bundle)
+    assert baseline_scores() == 0
+    here.sources["top"].send(image())
+    here.records(3)
+    assert baseline_scores() == 1
+
+
 def test_a_bundle_that_does_not_verify_does_not_take_over(
     bench: Start, tiny: Any, tiny_bundle: Path, tmp_path: Path
 ) -> None:
