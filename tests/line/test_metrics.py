@@ -17,6 +17,7 @@ pytest.importorskip("prometheus_client", reason="prometheus-client is not instal
 
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
+from edgead.line.sinks import metrics as module  # noqa: E402
 from edgead.line.sinks.metrics import Config, Metrics, open_sink  # noqa: E402
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -60,6 +61,17 @@ def test_before_the_first_part_all_counters_are_zero(metrics: Metrics) -> None:
         assert get(samples, "edgead_latency_seconds_count", camera=camera, stage="total") == 0
     assert not any(name.startswith("edgead_score") for name, _ in samples)
     assert not any(name.startswith(("python_", "process_")) for name, _ in samples), "its own registry"
+
+
+def test_a_client_that_says_nothing_is_let_go(
+    controls: StandIn, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    sink = open_sink(Config(port=0), controls=controls)
+    with socket.create_connection(("127.0.0.1", sink.port), timeout=20) as silent:
+        assert silent.recv(1) == b""
+    assert scrape(sink) and capfd.readouterr().err == ""
+    sink.close()
 
 
 def test_counters_and_state(metrics: Metrics, controls: StandIn) -> None:

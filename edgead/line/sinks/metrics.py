@@ -7,6 +7,7 @@ custom there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
     from prometheus_client.core import Metric
+
+SILENCE_S = 10.0  # of a client; then its connection is closed, and the thread ends that waits for it
 
 _EVERY = 4  # of the fine buckets: 5 per decade are enough here
 _EDGES_S = tuple(f"{edge_ms / 1000:.6g}" for edge_ms in EDGES_MS[::_EVERY])
@@ -66,6 +69,15 @@ def open_sink(config: Config, *, controls: Controls) -> Metrics:
             f"metrics cannot listen on {config.host}:{config.port}: {error.strerror}; choose another"
             " port, or end the program that holds it"
         ) from error
+
+    class Handler(server.RequestHandlerClass):  # type: ignore[misc, name-defined]
+        timeout = SILENCE_S
+
+        def handle(self) -> None:
+            with suppress(TimeoutError):
+                super().handle()
+
+    server.RequestHandlerClass = Handler
     return Metrics(server)
 
 

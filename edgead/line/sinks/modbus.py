@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from edgead.errors import LineError
 from edgead.line.handshake import Inputs, Outputs
 from edgead.line.interfaces import Controls
-from edgead.line.sinks.plc import PlcConfig, PlcSink, Write
+from edgead.line.sinks.plc import PlcConfig, PlcSink, Write, keep_alive
 
 if TYPE_CHECKING:
     from pymodbus.constants import ExcCodes
@@ -110,6 +110,7 @@ class ModbusServer:
             await self._server.serve_forever(background=True)
         except RuntimeError as error:
             raise LineError(f"port {self._config.port}: {error}") from error
+        keep_alive(self._server.transport)
 
     async def show(self, camera: str, outputs: Outputs) -> None:
         """See `PlcServer`."""

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from edgead.errors import LineError
 from edgead.line.handshake import Inputs, Outputs
 from edgead.line.interfaces import Controls
-from edgead.line.sinks.plc import PlcConfig, PlcSink, Write
+from edgead.line.sinks.plc import PlcConfig, PlcSink, Write, keep_alive
 
 if TYPE_CHECKING:
     from asyncua import ua
@@ -143,6 +143,7 @@ class OpcUaServer:
             await server.start()
         except OSError as error:
             raise LineError(f"port {self._config.port}: {error.strerror or error}") from error
+        keep_alive(server.bserver._server)
 
     async def show(self, camera: str, outputs: Outputs) -> None:
         """See `PlcServer`."""

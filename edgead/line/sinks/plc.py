@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -221,6 +222,18 @@ class PlcSink:
     async def _show(self, camera: str) -> None:
         async with self._showing:  # what is newest when its turn comes, never something older
             await self._server.show(camera, self._handshakes[camera].outputs)
+
+
+def keep_alive(server: asyncio.Server) -> None:
+    """Lets connections end whose other end is gone: a PLC that lost its power says nothing.
+
+    Those that the server accepts inherit it.
+    """
+    for listening in server.sockets:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if sys.platform == "linux":  # elsewhere after two hours
+            for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10)):
+                listening.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _check_port(host: str, port: int) -> None:

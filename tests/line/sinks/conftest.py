@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,20 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
     return port
+
+
+@pytest.fixture
+def keeps_alive() -> Callable[[int], bool]:
+    """Whether the system looks after all connections that were accepted at a port."""
+
+    def look(port: int) -> bool:
+        if not Path("/proc/net/tcp").exists():
+            pytest.skip("only Linux tells")
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        accepted = [row[5] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01"]
+        return bool(accepted) and all(timer.startswith("02:") for timer in accepted)
+
+    return look
 
 
 @pytest.fixture

@@ -65,6 +65,13 @@ def plc(sink: PlcSink, free_port: int) -> Iterator[Plc]:
     opened.close()
 
 
+def test_a_plc_that_lost_its_power_is_noticed(
+    plc: Plc, free_port: int, keeps_alive: Callable[[int], bool], wait_for: Wait
+) -> None:
+    assert plc.read()
+    wait_for(lambda: keeps_alive(free_port))  # while data is under way it is another timer
+
+
 def test_twenty_parts(sink: PlcSink, plc: Plc, controls: Any, make_record: Make, wait_for: Wait) -> None:
     verdicts = list(Verdict)
     for part_id in range(1, 21):

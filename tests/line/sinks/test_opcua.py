@@ -143,6 +143,12 @@ def test_a_subscriber_sees_whole_results_and_a_plc_that_goes_away_finds_them_aga
     third.close()
 
 
+def test_a_plc_that_lost_its_power_is_noticed(
+    plc: Plc, free_port: int, keeps_alive: Callable[[int], bool], wait_for: Wait
+) -> None:
+    wait_for(lambda: keeps_alive(free_port))  # while data is under way it is another timer
+
+
 def test_arrays_are_not_taken(
     sink: PlcSink, plc: Plc, controls: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
