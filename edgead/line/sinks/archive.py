@@ -142,6 +142,7 @@ class Archive:
     def write_late(self, record: Record) -> None:
         """Puts what the model said too late beside the part's record."""
         if not self._make_room():
+            self._skipped += 1
             return
         key = _key(record)
         content = encode(record, is_late=True) + b"\n"
@@ -157,7 +158,8 @@ class Archive:
         return part_id in self._files.part_ids
 
     def counters(self) -> dict[str, int]:
-        """parts, bytes: in the archive. deleted: parts, for room. skipped: parts, for lack of room."""
+        """parts, bytes: in the archive. deleted: parts, for room. skipped: parts and late
+        results, for lack of room."""
         return {
             "parts": len(self._files.part_ids),
             "bytes": self._files.total_bytes,

@@ -70,7 +70,7 @@ def open_sink(config: Config, *, controls: Controls) -> Metrics:
             " port, or end the program that holds it"
         ) from error
 
-    class Handler(server.RequestHandlerClass):  # type: ignore[misc, name-defined]
+    class Handler(server.RequestHandlerClass):  # type: ignore[name-defined]
         timeout = SILENCE_S
 
         def handle(self) -> None:

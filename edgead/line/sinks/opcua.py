@@ -143,6 +143,7 @@ class OpcUaServer:
             await server.start()
         except OSError as error:
             raise LineError(f"port {self._config.port}: {error.strerror or error}") from error
+        assert server.bserver is not None
         keep_alive(server.bserver._server)
 
     async def show(self, camera: str, outputs: Outputs) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgead.errors import LineError
 from edgead.line.handshake import Handshake, Inputs, Outputs
@@ -224,10 +224,11 @@ class PlcSink:
             await self._server.show(camera, self._handshakes[camera].outputs)
 
 
-def keep_alive(server: asyncio.Server) -> None:
+def keep_alive(server: Any) -> None:
     """Lets connections end whose other end is gone: a PLC that lost its power says nothing.
 
-    Those that the server accepts inherit it.
+    Args:
+        server: An `asyncio.Server`; what it accepts inherits the setting.
     """
     for listening in server.sockets:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -188,7 +188,9 @@ def test_too_little_free_disk_deletes_and_then_keeps_nothing(
     for part_id in range(3, 6):
         greedy.write(make_record(part_id, verdict=Verdict.NG), picture())
     assert files(tmp_path) == []
-    assert greedy.counters() == {"parts": 0, "bytes": 0, "deleted": 3, "skipped": 3}
+    greedy.write_late(make_record(5, verdict=Verdict.LATE))
+    assert files(tmp_path) == []
+    assert greedy.counters() == {"parts": 0, "bytes": 0, "deleted": 3, "skipped": 4}
     assert caplog.text.count("images are not kept") == 1
 
 
