@@ -37,7 +37,6 @@ from edgead.models.base import AnomalyModel
 from edgead.models.efficientad import EfficientAD
 from edgead.models.tiled import Tiled
 from edgead.training.data import open_dataset
-from edgead.training.images import MOST_DECODERS
 from edgead.training.run import Run, read_run
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,8 @@ def _images(record: dict[str, Any], root: Path) -> list[Path]:
     """The validation and test images of a run, for the parity gate; test images may be lacking."""
     parts = [[root / path for path in record["data"][part]] for part in ("validation", "test")]
     images = sum(parts, [])
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_DECODERS)) as pool:
+    # Each thread holds an image, which may have a hundred megapixels.
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         problems = dict(zip(images, pool.map(_problem, images), strict=True))
     validation, test = ([path for path in part if not problems[path]] for part in parts)
     found = [*validation, *test]

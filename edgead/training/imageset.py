@@ -67,7 +67,7 @@ class TarImages:
                         found.append((member.offset_data, member.size))
                     # else it keeps half a kilobyte of every member
                     file.members.clear()  # type: ignore[attr-defined]
-                end = file.offset  # type: ignore[attr-defined]
+                end = file.offset
             _check_end(shard, end)
         except (tarfile.TarError, EOFError) as error:
             raise DataError(
