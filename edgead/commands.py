@@ -159,10 +159,10 @@ def export(arguments: argparse.Namespace) -> None:
         f" {len(parity.flips)} verdict flips"
     )
     for flip in parity.flips:
-        print(
-            f"  within the margin of {parity.margin:.3g}: {flip.image}:"
-            f" {flip.reference:.5g} -> {flip.exported:.5g}"
+        reason = (
+            "by the resize's rounding" if flip.by_resize else f"within the margin of {parity.margin:.3g}"
         )
+        print(f"  {reason}: {flip.image}: {flip.reference:.5g} -> {flip.exported:.5g}")
     _tell_of(lost)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from edgead.errors import ExportError
 from edgead.export.graph import MergedGraph
 from edgead.export.parity import RESIZED, Flip, Parity, choose_golden, compare, taken
 from edgead.export.to_onnx import to_onnx
-from edgead.image import list_images
+from edgead.image import list_images, read_image, resize
 from edgead.training.run import read_run
 from tests.toy_method import Toy
 
@@ -89,6 +90,30 @@ def test_values_between_two_grey_levels_do_not_stop_a_graph_that_resizes(
     assert 0 < parity.resized < RESIZED
     assert parity.score_deviation < 1e-4 and parity.map_deviation < 1e-4
     assert golden.images.shape[1:] == (*frame, 3)
+
+
+def test_a_verdict_that_only_the_rounding_of_the_resize_flips_is_told_and_stops_nothing(
+    resized: dict[str, object],
+) -> None:
+    model, images = Toy(cell_px=64), resized["images"]  # the score is the mean of all pixels
+    content, frame = to_onnx(MergedGraph(model, frame=(96, 128))), (96, 128)
+    session = onnxruntime.InferenceSession(content)
+    flipped = []
+    for path in images:  # type: ignore[attr-defined]
+        fitted = resize(read_image(path), *frame)
+        host = torch.from_numpy(resize(fitted, 64, 64)[None]).permute(0, 3, 1, 2)
+        of_host = float(model(host)[0].max())
+        score = float(
+            session.run(["score"], {"image": fitted[None], "calibration": np.array([1, 0], np.float32)})[
+                0
+            ][0]
+        )
+        threshold = max(of_host, score)
+        changed = {**resized, "model": model, "threshold": threshold, "frame": frame}
+        parity, _ = compare(**changed, onnx_content=content)  # type: ignore[arg-type]
+        assert not parity.failures
+        flipped += [flip for flip in parity.flips if flip.image == path.name]
+    assert flipped and all(flip.by_resize for flip in flipped)
 
 
 class _Shifted(torch.nn.Module):
