@@ -169,8 +169,8 @@ def taken(count: int, input_px: tuple[int, int]) -> list[int]:
 
 @dataclass
 class _Found:
-    """Of N images, float64 [N] each: scores (`expected`: of the reference on the graph's pixels), largest
-    deviations of map values, and shares of pixels rounded otherwise."""
+    """Of N images, float64 [N] each: scores (`expected`: of the reference on the graph's pixels), the
+    largest deviations of map values, and shares of pixels rounded otherwise."""
 
     reference: np.ndarray
     exported: np.ndarray
