@@ -130,8 +130,8 @@ def evaluate(
         DataError: no test image could be used; with `sizes`, also a defect image without a usable mask.
         BackendError: the back end failed; no later image would fare better.
     """
-    run = _Run(dataset.root, open_pixels(dataset, sizes) if sizes else None)
-    run.has_masks = any(item.masks for item in dataset.test)
+    has_masks = any(item.masks for item in dataset.test)
+    run = _Run(dataset.root, open_pixels(dataset, sizes) if sizes else None, has_masks=has_masks)
     for done, item in enumerate(dataset.test, start=1):
         run.inspect(detector, item)
         if progress is not None:
@@ -193,14 +193,14 @@ def evaluate(
 class _Run:
     """What is collected image by image."""
 
-    def __init__(self, root: Path, bounded: metrics.PixelScores | None) -> None:
+    def __init__(self, root: Path, bounded: metrics.PixelScores | None, *, has_masks: bool) -> None:
         self.root = root
         self.is_bounded = bounded is not None
         self.rows: list[Row] = []
         self.maps: list[np.ndarray] = []
         self.errors: list[dict[str, str]] = []
         self.pixels = bounded or metrics.PixelScores()
-        self.has_masks = True
+        self.has_masks = has_masks
         self.without_mask = 0
 
     def au_pro(self, *limits: float) -> list[float]:

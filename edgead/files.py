@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -49,6 +50,23 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def try_lock(file: IO[bytes] | int) -> bool | None:
+    """Locks an open file until it is closed, without waiting.
+
+    Returns:
+        False if somebody else holds it; None where there are no locks (Windows, some network drives).
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ModuleNotFoundError, OSError):
+        return None
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from edgead import __version__
 from edgead.engine import EngineKey, Sidecar, Verification
 from edgead.errors import EngineError
-from edgead.files import write_bytes
+from edgead.files import try_lock, write_bytes
 
 LOCK_TIMEOUT_S = 10.0
 _STEM = r"[^/]+-[0-9a-f]{8}-(tensorrt|tensorrt-rtx)-sm\d+"
@@ -309,23 +309,11 @@ def _locked(folder: Path) -> Iterator[bool]:
     For tidiness alone (every change is whole by itself): where there are no locks (Windows, some network
     drives) or a holder hangs, it goes on without.
     """
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield False
-        return
     with (folder / ".lock").open("ab") as file:
         give_up = time.monotonic() + LOCK_TIMEOUT_S
-        is_held = False
-        while not is_held:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_held = True
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    logger.warning("%s has been locked for %g s: going on", folder, LOCK_TIMEOUT_S)
-                    break
-                time.sleep(0.02)
-            except OSError:
+        while (is_held := try_lock(file)) is False:
+            if time.monotonic() > give_up:
+                logger.warning("%s has been locked for %g s: going on", folder, LOCK_TIMEOUT_S)
                 break
-        yield is_held
+            time.sleep(0.02)
+        yield bool(is_held)

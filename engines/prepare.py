@@ -276,8 +276,8 @@ def _look_up(folder: Path, bundle: Bundle, wanted: EngineKey, free: list[str]) -
             return _Found(None, None, str(error))
         if entry is None:
             return _Found(None, None, NONE_YET)
-        if differences(entry):
-            return _Found(entry, None, f"the one in the cache is for {'; '.join(differences(entry))}")
+        if found := differences(entry):
+            return _Found(entry, None, f"the one in the cache is for {'; '.join(found)}")
         try:
             return _Found(entry, entry.read_plan(), CACHED)
         except FileNotFoundError:

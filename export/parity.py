@@ -195,10 +195,10 @@ def _run_both(
     for index, path in enumerate(paths):
         fitted = resize(read_image(path), *(frame or model.input_px))
         score, cells, *resized = session.run(None, {"image": fitted[None], "calibration": calibration})
-        expected_score, expected_cells = _reference(model, fitted, calibration)
+        host = resize(fitted, *model.input_px)
+        expected_score, expected_cells = _reference(model, host, calibration)
         found.reference[index], found.exported[index] = expected_score, score[0]
         if frame:
-            host = resize(fitted, *model.input_px)
             pixels = resized[0][0]
             if not (np.abs(pixels - host) <= 1).all():
                 raise ExportError(

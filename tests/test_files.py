@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgead.files import whole_file, write_bytes, write_text
+from edgead.files import try_lock, whole_file, write_bytes, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -94,3 +94,21 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+def test_a_lock_is_held_until_its_file_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="no locks on this system")
+    with (tmp_path / "lock").open("ab") as first, (tmp_path / "lock").open("ab") as second:
+        assert try_lock(first) is True and try_lock(second) is False
+        first.close()
+        assert try_lock(second.fileno()) is True
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        assert try_lock(second) is None
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        assert try_lock(second) is None

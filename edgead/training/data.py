@@ -42,7 +42,7 @@ from edgead.image import IMAGE_SUFFIXES, list_images, read_mask
 
 logger = logging.getLogger(__name__)
 
-GOOD_NAMES = ("good", "ok", "normal")
+_GOOD_NAMES = ("good", "ok", "normal")
 _MASK_ENDING = re.compile("[_-](mask|label|gt)$", re.IGNORECASE)
 _MARKERS = {  # layout -> folders that tell it; the first match counts
     "visa": ("Data/Images/Normal",),
@@ -235,7 +235,7 @@ def _open_folders(root: Path, layout: str) -> tuple[list[Path], list[TestItem]]:
         if folder.name == good:
             test += [TestItem(path, 0, "good") for path in _images(folder)]
             continue
-        if folder.name.lower() in GOOD_NAMES:
+        if folder.name.lower() in _GOOD_NAMES:
             raise DataError(
                 f"{folder}: by the layout {layout} these would be defects; rename the folder to {good}"
                 " if these parts are good, otherwise to the defect's name"

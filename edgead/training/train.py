@@ -26,7 +26,7 @@ from edgead.calibration import (
     warn_of_odd,
 )
 from edgead.errors import TrainingError
-from edgead.files import write_text
+from edgead.files import try_lock, write_text
 from edgead.health import HEALTH, HealthProfile
 from edgead.image import read_image
 from edgead.methods import configure, trainer_of
@@ -165,20 +165,11 @@ def _tiled(model: AnomalyModel, dataset: Dataset, tile: int, overlap: int | None
 @contextmanager
 def _alone(run: Path) -> Iterator[None]:
     """Holds the run folder's lock, where there are such; two processes would take each other's files."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
-        yield
-        return
     with (run / LOCK_FILE).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if try_lock(file) is False:
             raise TrainingError(
                 f"another process trains into {run}: wait for it, or name another folder with --out"
-            ) from error
-        except OSError:  # some network drives know no locks
-            pass
+            )
         yield
 
 

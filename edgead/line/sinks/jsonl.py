@@ -9,7 +9,6 @@ file is locked: it has one writer.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from glob import escape
 from pathlib import Path
 
 from edgead.errors import LineError
+from edgead.files import try_lock
 from edgead.line.interfaces import Controls, Picture
 from edgead.line.journal import SYNCS
 from edgead.line.sinks.payload import encode
@@ -291,18 +291,14 @@ def _open_alone(path: Path, config: Config) -> int:
         OSError: It cannot be opened.
     """
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if try_lock(file) is False:
         os.close(file)
         writer, locked = _LOCKED.get(path, (None, -1))
         if writer is not config:
             raise LineError(
                 f"path {path}: another line or sink writes to it: give one of them another name"
-            ) from error
+            )
         file = os.dup(locked)  # of the same sink, whose write hangs: with its lock
-    except OSError:
-        pass  # a file system without locks
     _LOCKED[path] = config, file
     return file
 

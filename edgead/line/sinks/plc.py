@@ -196,23 +196,26 @@ class PlcSink:
             try:
                 await asyncio.wait_for(self._ends.wait(), self._config.heartbeat_s)
             except asyncio.TimeoutError:
-                await self._beat()
+                try:
+                    await self._beat()
+                except Exception:  # the heartbeats stand still, which is what the PLC looks at
+                    logger.exception("port %d: heartbeat", self._config.port)
         try:
             await asyncio.wait_for(self._server.stop(), STOP_S)
         except asyncio.TimeoutError:
             pass  # it has closed its port first; the rest goes with the loop
 
     async def _beat(self) -> None:
+        state = self._controls.state()
         for camera, handshake in self._handshakes.items():
             try:
-                state = self._controls.state()
                 handshake.beat(
                     now_s=time.monotonic(),
                     is_line_ready=bool(state["ready"]),
                     recipe=state["cameras"][camera]["recipe"],
                 )
                 await self._show(camera)
-            except Exception:  # the heartbeat stands still, which is what the PLC looks at
+            except Exception:  # that of the next camera goes on
                 logger.exception("port %d: heartbeat of camera %s", self._config.port, camera)
 
     async def _write(self, camera: str, inputs: Inputs) -> None:

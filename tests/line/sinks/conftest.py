@@ -88,7 +88,7 @@ def keeps_alive() -> Callable[[int], bool]:
 
     def look(port: int) -> bool:
         if not Path("/proc/net/tcp").exists():
-            pytest.skip("only Linux tells")
+            pytest.skip("only Linux tells which connections are kept alive")
         rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         accepted = [row[5] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01"]
         return bool(accepted) and all(timer.startswith("02:") for timer in accepted)
