@@ -12,7 +12,13 @@ class BundleError(EdgeADError, ValueError):
 
 
 class BackendError(EdgeADError, RuntimeError):
-    """A runtime back end is missing, refuses the graph, was closed, or got wrong tensors."""
+    """A runtime back end is missing, refuses the graph, was closed, or got wrong tensors.
+
+    Attributes:
+        is_sticky: The device cannot be used any more until it is reset, or at all in this process.
+    """
+
+    is_sticky = False
 
 
 class CudaError(BackendError):
@@ -20,7 +26,8 @@ class CudaError(BackendError):
 
     Attributes:
         code: Name of the driver's code, such as "CUDA_ERROR_OUT_OF_MEMORY".
-        is_sticky: Nothing works any more in the CUDA context until the device is reset and opened again.
+        is_sticky: Nothing works any more in the CUDA context until the device is reset and opened again;
+            if that fails in the same way, only a new process helps.
     """
 
     def __init__(self, message: str, code: str, *, is_sticky: bool = False) -> None:

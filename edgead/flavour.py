@@ -17,7 +17,7 @@ from edgead.errors import BackendError, EngineError
 
 CLASSIC, RTX = "tensorrt", "tensorrt-rtx"
 NAMES = (CLASSIC, RTX)
-OLDEST = {CLASSIC: (10, 0), RTX: (1, 0)}
+OLDEST = {CLASSIC: (10, 0), RTX: (1, 2)}  # RTX: its own CUDA graphs
 MAX_LINES, MAX_LINE_CHARS = 50, 2000
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class Flavour:
         It is the same object each time: TensorRT takes one per process, and what it has to say goes to
         that one only. Its `lines` (list of str) are the warnings and errors since this call or the last
         `failure`, at most `MAX_LINES`, the newest last. Everything from INFO up also goes to `logging`
-        at DEBUG.
+        at DEBUG. `interrupt` is what was raised meanwhile, such as KeyboardInterrupt: nothing may be
+        raised through TensorRT's own frames, which would lose it.
         """
         base: Any = self.module.ILogger
         with _logs_lock:
@@ -60,6 +61,7 @@ class Flavour:
                 _logs[base] = _make_log(base)
         log = _logs[base]
         log.lines.clear()
+        log.interrupt = None
         return log
 
     def new_runtime(self, log: Any) -> Any:
@@ -83,8 +85,15 @@ def _make_log(base: Any) -> Any:
         def __init__(self) -> None:
             base.__init__(self)
             self.lines: list[str] = []
+            self.interrupt: BaseException | None = None
 
         def log(self, severity: Any, msg: str) -> None:  # called from TensorRT's own threads, too
+            try:
+                self._note(severity, msg)
+            except BaseException as error:
+                self.interrupt = error
+
+        def _note(self, severity: Any, msg: str) -> None:
             if severity == base.VERBOSE:
                 return
             logger.debug("%s: %s", severity, msg)
@@ -172,6 +181,11 @@ def failure(what: str, log: Any) -> EngineError:
 def _with_explanation(text: str, said: str) -> str:
     known = explain(said)
     return f"{text}\ncause: {known[0]}\nremedy: {known[1]}" if known else text
+
+
+def blames_device(text: str) -> bool:
+    """Whether a message of TensorRT is about the memory or the state of the GPU, not about an engine."""
+    return bool(re.search(r"out of memory|OutOfMemory|std::bad_alloc|Cuda Runtime \(", text))
 
 
 def explain(text: str) -> tuple[str, str] | None:

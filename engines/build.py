@@ -106,12 +106,12 @@ def _build(
     _add_profiles(builder, network, config, options.batches, log)
     if options.timing_cache is not None:
         _load_timing_cache(config, flavour, options.timing_cache, log)
-    monitor = _new_monitor(trt, progress) if progress else None
+    monitor = _new_monitor(trt, progress, log) if progress else None
     if monitor is not None:
         config.progress_monitor = monitor
     memory = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.error is not None:
-        raise monitor.error
+    if interrupt := (monitor and monitor.error) or log.interrupt:
+        raise interrupt
     plan = bytes(_checked(memory, f"building the engine for {target} failed", log))
     if options.timing_cache is not None and not flavour.is_rtx:
         _save_timing_cache(config, options.timing_cache)
@@ -233,7 +233,7 @@ def _save_timing_cache(config: Any, path: Path) -> None:
         logger.warning("timing cache %s: not written (%s)", path, error.strerror)
 
 
-def _new_monitor(trt: Any, progress: Progress) -> Any:
+def _new_monitor(trt: Any, progress: Progress, log: Any) -> Any:
     """An IProgressMonitor that passes on; None where the library has none. `error` is what it raised."""
     base: Any = getattr(trt, "IProgressMonitor", None)
     if base is None:
@@ -257,6 +257,6 @@ def _new_monitor(trt: Any, progress: Progress) -> Any:
                 progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
             except BaseException as error:  # nothing may be raised through TensorRT's own frames
                 self.error = error
-            return self.error is None
+            return (self.error or log.interrupt) is None
 
     return Monitor()

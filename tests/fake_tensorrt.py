@@ -96,6 +96,12 @@ class CudaGraphStrategy(enum.IntEnum):
     WHOLE_GRAPH_CAPTURE = 1
 
 
+class ExecutionContextAllocationStrategy(enum.IntEnum):
+    STATIC = 0
+    ON_PROFILE_CHANGE = 1
+    USER_MANAGED = 2
+
+
 class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
     LAZY = 0
     EAGER = 1
@@ -271,6 +277,20 @@ class Context:
 class RuntimeConfig:
     cuda_graph_strategy = CudaGraphStrategy.DISABLED
     dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+    allocation = ExecutionContextAllocationStrategy.STATIC
+    cache: object = None
+
+    def set_execution_context_allocation_strategy(
+        self, strategy: ExecutionContextAllocationStrategy
+    ) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        self.cache = cache
+        return True
 
 
 class Inspector:
@@ -391,6 +411,7 @@ def make(name: str, library: Any, *, version: str | None = None) -> Any:
     shared: list[Callable[..., Any] | type] = [
         ILogger, Logger, NetworkDefinitionCreationFlag, MemoryPoolType, ProfilingVerbosity, TensorIOMode,
         BuilderFlag, DataType, LayerInformationFormat, OnnxParser, Builder, Runtime,
+        ExecutionContextAllocationStrategy,
     ]  # fmt: skip
     if is_rtx:
         shared += [CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, ComputeCapability]

@@ -127,7 +127,9 @@ def engine(path: str, name: str) -> dict[str, Any]:
     """
     from edgead.bundle import MODEL, Bundle
     from edgead.engines import cache
+    from edgead.engines.build import check_target
     from edgead.engines.prepare import Box
+    from edgead.flavour import open_flavour
 
     graph = Bundle.open(Path(path)).manifest.members[MODEL].sha256
     box = Box.here()
@@ -137,6 +139,7 @@ def engine(path: str, name: str) -> dict[str, Any]:
     found = [entry.sidecar for entry in cache.entries(cache.default_folder())]
     found = [one for one in found if (one.key.graph_sha256, one.key.flavour, one.key.target) == wanted]
     if not found:
+        check_target(open_flavour(name), box.gpu.sm)
         return {"missing": "there is no engine for this box yet"}
     newest_first = sorted(found, key=lambda sidecar: sidecar.utc, reverse=True)
     stale = [box.why_stale(sidecar.key) for sidecar in newest_first]

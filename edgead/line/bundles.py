@@ -18,7 +18,11 @@ BACKOFF_S = (0.5, 30.0)
 
 
 class Bundles:
-    """Inspectors by the path that the recipe file names. Any thread may call it."""
+    """Inspectors by the path that the recipe file names. Any thread may call it.
+
+    Attributes:
+        lost_device: Why no bundle can be loaded again before this process has ended; else empty.
+    """
 
     def __init__(self, paths: Iterable[Path], load: Callable[[Bundle], Inspector]) -> None:
         """Loads all bundles, each once.
@@ -34,6 +38,7 @@ class Bundles:
         self._at_work: dict[Path, Inspector | None] = {}
         self._changes: Counter[Path] = Counter()  # how often the one at work has changed
         self._is_closed = threading.Event()
+        self.lost_device = ""
         try:
             for path in dict.fromkeys(paths):
                 self._at_work[path] = load(Bundle.open(path))
@@ -115,9 +120,12 @@ class Bundles:
             except Exception as error:  # also MemoryError: the one that hangs may still hold its memory
                 said = error if isinstance(error, EdgeADError) else repr(error)
                 logger.error("%s: cannot be loaded again: %s", bundle.path, said)
+                if getattr(error, "is_sticky", False):  # after the executor has reset the device in vain
+                    self.lost_device = str(error)
                 self._is_closed.wait(pause_s)
                 pause_s = min(2 * pause_s, longest_s)
                 continue
+            self.lost_device = ""
             with self._lock:  # another bundle may have taken its place meanwhile
                 paths = [path for path, change in places.items() if self._changes[path] == change]
                 for path in paths:

@@ -95,6 +95,11 @@ class Line:
         """Names, in the order of the recipe file."""
         return tuple(self._cameras)
 
+    @property
+    def lost_device(self) -> str:
+        """Why parts get ERROR until this process has ended and another one has begun; else empty."""
+        return self._bundles.lost_device
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until all sources have ended and all their parts have a verdict; False: not yet."""
         return self._wait_until(self._is_done, math.inf if timeout_s is None else timeout_s)

@@ -18,7 +18,7 @@ from edgead.errors import EdgeADError
 from edgead.line.assembly import open_line
 from edgead.line.line import Line
 from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings, SinkConfig
-from edgead.line.service import notify, watchdog_period_s
+from edgead.line.service import is_supervised, notify, watchdog_period_s
 from edgead.line.sinks import sink_module
 from edgead.line.sources import source_module
 
@@ -71,8 +71,12 @@ def replay_recipe(
 def run(recipe: Recipe, *, opened: Callable[[Recipe], Line] = open_line) -> tuple[Line, int]:
     """Runs a line until its sources end, or SIGTERM or SIGINT. SIGHUP takes over bundles that changed.
 
+    Under a service manager, which starts it anew, it also ends when its device can be used again by
+    another process only. Without one it goes on, and its parts get ERROR.
+
     Returns:
-        The line, stopped; and 0, or 1 if a camera failed or a sink could not be written out.
+        The line, stopped; and 0, or 1 if a camera failed, a sink could not be written out, or a device
+        is lost.
 
     Raises:
         EdgeADError: It cannot start.
@@ -96,8 +100,11 @@ def run(recipe: Recipe, *, opened: Callable[[Recipe], Line] = open_line) -> tupl
                 if all(now > before for now, before in zip(line.beats, beats, strict=True)):
                     notify("WATCHDOG=1")
                 beats = list(line.beats)
+                if line.lost_device and is_supervised():
+                    logger.error("this line ends, to be started anew: %s", line.lost_device)
+                    break
             notify("STOPPING=1")
-            failures = line.failures
+            failures = bool(line.failures or line.lost_device)
     finally:
         left = line.stop(GRACE_S)
     for name, count in left.items():
@@ -108,7 +115,7 @@ def run(recipe: Recipe, *, opened: Callable[[Recipe], Line] = open_line) -> tupl
                 name,
                 count,
             )
-    return line, int(bool(failures) or any(left.values()))
+    return line, int(failures or any(left.values()))
 
 
 def end(status: int) -> NoReturn:

@@ -9,6 +9,11 @@ import socket
 logger = logging.getLogger(__name__)
 
 
+def is_supervised() -> bool:
+    """Whether systemd has started this process, and hears about it."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def notify(state: str) -> None:
     """Tells systemd, if it has started this process: "READY=1", "WATCHDOG=1", "STOPPING=1"."""
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -38,6 +43,8 @@ UNIT = """\
 Description=edgead inspection line
 After=network-online.target
 Wants=network-online.target
+# Started again however often it fails; by default systemd gives up after five times in ten seconds.
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify

@@ -44,6 +44,7 @@ def _open(bundle: Bundle, name: str, *, rebuild: str | None) -> TensorRTBackend:
     flavour = open_flavour(name)
     device = open_device()
     try:
+        device.make_current()  # a build is for the GPU that is current
         prepared = prepare_engine(bundle, flavour, device.info, rebuild=rebuild)
     except BaseException:
         device.close()

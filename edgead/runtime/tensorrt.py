@@ -12,7 +12,9 @@ calling thread, so that any thread may come.
 
 from __future__ import annotations
 
+import _thread
 import logging
+import sys
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 
 from edgead.bundle import Bundle
 from edgead.errors import BackendError, CudaError, EngineError
-from edgead.flavour import Flavour, failure
+from edgead.flavour import Flavour, blames_device, failure
 from edgead.manifest import Manifest
 from edgead.runtime.backend import (
     ANOMALY_MAP,
@@ -63,7 +65,8 @@ class TensorRTBackend:
         self.inputs, self.outputs = expected_specs(bundle.manifest)
         self.device, self.flavour = device, flavour
         self._manifest = bundle.manifest
-        self.captures_itself = cuda_graph and hasattr(flavour.module, "CudaGraphStrategy")
+        self._has_strategies = hasattr(flavour.module, "CudaGraphStrategy")
+        self.captures_itself = cuda_graph and self._has_strategies
         self._capture = cuda_graph and not self.captures_itself
         self._lock = threading.Lock()
         self._slots: list[TensorRTSlot] = []
@@ -71,13 +74,15 @@ class TensorRTBackend:
         self._is_lost = self._is_closed = False
         self._engine: Any = None
         self._runtime: Any = None
+        self._kernels: Any = None  # of TensorRT for RTX, compiled at run time
         self._log = flavour.new_log()
         try:
             device.make_current()
             self._runtime = flavour.new_runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
-                raise failure(f"the engine for {bundle.path} cannot be loaded", self._log)
+                error = failure(f"the engine for {bundle.path} cannot be loaded", self._log)
+                raise BackendError(str(error)) if blames_device(str(error)) else error
             self.batches = _check_engine(self._engine, bundle.manifest)
             self.max_batch: int | None = self.batches[-1]
         except BaseException:
@@ -118,12 +123,20 @@ class TensorRTBackend:
                 self.device.make_current()  # TensorRT frees device memory when its objects go
             except CudaError:
                 self._is_lost = True
-            self._engine = None
+            self._engine = self._kernels = None
             self._runtime = None
             try:
                 self.device.reset() if self._is_lost else self.device.close()
             except CudaError as error:
                 logger.warning("closing %s: %s", self.name, error)
+
+    def __del__(self) -> None:
+        """Closes what was dropped without it: the driver would keep memory that Python gives back.
+
+        In another thread, without waiting: this one may be in the middle of anything, such as a capture.
+        """
+        if not self.__dict__.get("_is_closed", True) and not sys.is_finalizing():
+            _thread.start_new_thread(self.close, ())
 
     def _forget(self, slot: TensorRTSlot) -> None:
         if slot in self._slots:
@@ -143,15 +156,22 @@ class TensorRTBackend:
     def _create_context(self) -> Any:
         """An execution context; of TensorRT for RTX one that captures its kernels in a CUDA graph."""
         trt = self.flavour.module
-        if self.captures_itself:
+        # Each works with one profile: by default it would take memory for the largest of all.
+        memory = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        if self._has_strategies:
             config = self._engine.create_runtime_config()
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.set_execution_context_allocation_strategy(memory)
+            if self.captures_itself:
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             # Kernels for the one shape of a context now, not in the background of the first inferences.
             eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager
+            if self._kernels is None:  # else each context would compile them for itself
+                self._kernels = config.create_runtime_cache()
+            config.set_runtime_cache(self._kernels)
             context = self._engine.create_execution_context(config)
         else:
-            context = self._engine.create_execution_context()
+            context = self._engine.create_execution_context(memory)
         if context is None:
             raise failure("no execution context can be made for the engine", self._log)
         return context
@@ -282,16 +302,20 @@ class TensorRTSlot:
         backend, stream = self._backend, self._stream
         context = self._contexts[size] = backend._create_context()
         image, calibration, outputs = self._addresses
-        steps = [
-            # Profile 0 is set when the context is made.
-            (profile := backend.batches.index(size)) == 0
-            or context.set_optimization_profile_async(profile, stream),
-            context.set_input_shape(IMAGE, (size, *self._image_shape)),
-            context.set_tensor_address(IMAGE, image),
-            context.set_tensor_address(CALIBRATION, calibration),
-            context.set_tensor_address(SCORE, outputs),
-            context.set_tensor_address(ANOMALY_MAP, outputs + self._map_offset),
-        ]
+        try:
+            steps = [
+                # Profile 0 is set when the context is made.
+                (profile := backend.batches.index(size)) == 0
+                or context.set_optimization_profile_async(profile, stream),
+                context.set_input_shape(IMAGE, (size, *self._image_shape)),
+                context.set_tensor_address(IMAGE, image),
+                context.set_tensor_address(CALIBRATION, calibration),
+                context.set_tensor_address(SCORE, outputs),
+                context.set_tensor_address(ANOMALY_MAP, outputs + self._map_offset),
+            ]
+        except RuntimeError as error:  # what the bindings make of a profile that cannot be set
+            what = f"a batch of {size} images cannot be set up ({error})"
+            raise failure(what, backend._log) from error
         if not all(steps):
             raise failure(f"the engine does not take a batch of {size} images", backend._log)
         # Twice: what a library does on its first run must not fall into the capture.

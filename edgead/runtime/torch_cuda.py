@@ -11,6 +11,7 @@ another thread that computes with PyTorch at that moment sees them.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,8 @@ from edgead.runtime.onnx_file import read_graph
 if TYPE_CHECKING:
     from edgead.runtime.onnx_torch import Network, Program
     from edgead.runtime.torch_slot import TorchSlot
+
+logger = logging.getLogger(__name__)
 
 
 class TorchCudaBackend:
@@ -137,7 +140,7 @@ class TorchCudaBackend:
             self._programs.clear()
             was_open, self._network = self._network is not None, None
             if was_open and self._device.type == "cuda":
-                _import_torch().cuda.empty_cache()  # gives the memory back to other programs
+                _free_memory()
 
     def _opened(self, call: str) -> Network:
         if self._network is None:
@@ -149,13 +152,13 @@ class TorchCudaBackend:
         if size in self._programs:
             return self._programs[size]
         torch = _import_torch()
-        shape, values = self._manifest.input, self._manifest.calibration.values
+        shape, values, device = self._manifest.input, self._manifest.calibration.values, self._device
         examples = {
-            IMAGE: torch.zeros((size, shape.height, shape.width, 3), dtype=torch.uint8),
-            CALIBRATION: torch.tensor(values, dtype=torch.float32),
+            IMAGE: torch.zeros((size, shape.height, shape.width, 3), dtype=torch.uint8, device=device),
+            CALIBRATION: torch.tensor(values, dtype=torch.float32, device=device),
         }
         try:
-            program = network.specialise({name: x.to(self._device) for name, x in examples.items()})
+            program = network.specialise(examples)
         except BackendError as error:
             raise self._refusal(error) from error
         expected = {SCORE: (size,), ANOMALY_MAP: (size, *self._manifest.map_shape)}
@@ -170,6 +173,17 @@ class TorchCudaBackend:
         return BackendError(
             f"torch-cuda refuses the graph of {self._origin}: {reason}. Use the back end onnxruntime"
         )
+
+
+def _free_memory() -> None:
+    """Gives the GPU's memory back to other programs, which PyTorch refuses during a capture."""
+    from edgead.runtime.torch_slot import BUILDING
+
+    with BUILDING:
+        try:
+            _import_torch().cuda.empty_cache()
+        except RuntimeError as error:
+            logger.warning("torch-cuda: its memory is kept until the process ends: %s", error)
 
 
 def _import_torch() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -27,13 +28,16 @@ from edgead.runtime.backend import (
 from edgead.runtime.onnx_torch import Program
 
 BUILDING = threading.Lock()  # one capture at a time in a process, and cuDNN's flags belong to it, too
+_STREAMS = 32  # c10/cuda/CUDAStream.h: kStreamsPerPool
 _WARM_UPS = 3  # whatever initialises itself on first use must have done so before a capture
+_RESTART = "PyTorch cannot use the GPU again in this process, restart it"
 _REMEDIES = {
     "out of memory": (
         "free GPU memory (nvidia-smi names who holds it), or take fewer slots or smaller batches"
     ),
     "no kernel image": "this build of PyTorch has no code for this GPU, install one that has",
-    "cuda error": "PyTorch cannot use the GPU again in this process, restart it",
+    "cuda error": _RESTART,
+    "internal assert": _RESTART,  # after a capture that failed
 }
 
 logger = logging.getLogger(__name__)
@@ -81,9 +85,10 @@ class TorchSlot:
         """
         rows, size, device = max(programs), manifest.input, queue.device
         shape = (rows, size.height, size.width, 3)
-        images = torch.zeros(shape, dtype=torch.uint8, pin_memory=queue.is_pinned)
-        scores = torch.zeros(rows, pin_memory=queue.is_pinned)
-        maps = torch.zeros((rows, *manifest.map_shape), pin_memory=queue.is_pinned)
+        host: Any = {"device": "cpu", "pin_memory": queue.is_pinned}
+        images = torch.zeros(shape, dtype=torch.uint8, **host)
+        scores = torch.zeros(rows, dtype=torch.float32, **host)
+        maps = torch.zeros((rows, *manifest.map_shape), dtype=torch.float32, **host)
         # These views keep the memory of the tensors: they stay readable after `close`.
         self.images: np.ndarray = images.numpy()[:batch]
         self._scores, self._maps = scores.numpy(), maps.numpy()
@@ -211,6 +216,29 @@ class HostQueue:
         """See `Queue`."""
 
 
+_streams: set[int] = set()  # of the queues that are open
+
+
+def _own_stream(device: torch.device) -> tuple[torch.cuda.Stream, int]:
+    """A stream that no other queue has, and its handle. PyTorch deals the same 32 in turn.
+
+    With one for two, a capture would take in what the other queue launches meanwhile.
+
+    Raises:
+        BackendError: All are taken.
+    """
+    for _ in range(_STREAMS):
+        stream = torch.cuda.Stream(device)
+        handle = int(stream.cuda_stream)
+        if handle not in _streams:
+            _streams.add(handle)
+            return stream, handle
+    raise BackendError(
+        f"torch-cuda: all {_STREAMS} streams of PyTorch are taken by open slots of this process: close"
+        " some of them"
+    )
+
+
 class CudaQueue:
     """A stream on a GPU, and the CUDA graphs that were captured on it."""
 
@@ -219,7 +247,8 @@ class CudaQueue:
     def __init__(self, device: torch.device, uses_graph: bool) -> None:
         self.device: Any = device
         self._uses_graph = uses_graph
-        self._stream = torch.cuda.Stream(device)
+        self._stream, handle = _own_stream(device)
+        self._release_stream = weakref.finalize(self, _streams.discard, handle)
         self._done = torch.cuda.Event(blocking=True)  # a wait sleeps rather than spins
         # Graphs of one slot share memory: each writes before it reads, and one runs at a time.
         self._pool = torch.cuda.graph_pool_handle()
@@ -265,6 +294,7 @@ class CudaQueue:
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
+        self._release_stream()
 
 
 @contextlib.contextmanager
@@ -285,7 +315,9 @@ def failure(doing: str, error: Exception) -> BackendError:
     if error.__context__ is not None:  # the end of a capture hides what broke it
         text += f" (after {_first_line(error.__context__)})"
     remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in text.lower()), "")
-    return BackendError(f"torch-cuda: {doing} failed: {text}{'. To go on: ' if remedy else ''}{remedy}")
+    told = BackendError(f"torch-cuda: {doing} failed: {text}{'. To go on: ' if remedy else ''}{remedy}")
+    told.is_sticky = remedy == _RESTART
+    return told
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,6 +26,8 @@ from edgead.result import Result
 from edgead.runtime.backend import Backend
 from edgead.runtime.seats import Seat, Seats
 
+EXIT_S = 30.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -121,15 +123,15 @@ class Worker:
                 heartbeats=self._heartbeats,
             )
 
-    def close(self, *, wait: bool) -> None:
-        """See `Executor.close`."""
+    def close(self, *, wait: bool, limit_s: float | None = None) -> None:
+        """See `Executor.close`; waits for its thread for `limit_s` at most."""
         with self._lock:
             self._is_closing = True
             self._is_abandoned |= not wait
             self._work.notify()
             self._seats.wake_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(limit_s)
 
     # --- in the threads of the callers
 
@@ -321,7 +323,7 @@ _running: weakref.WeakSet[Worker] = weakref.WeakSet()
 def _close_all() -> None:
     """A thread that is inside a back end while the interpreter ends takes the process down with it."""
     for worker in list(_running):
-        worker.close(wait=True)
+        worker.close(wait=True, limit_s=EXIT_S)  # but a device that hangs must not keep the process
 
 
 def _fulfil(future: Future[Result], result: Result | None, failure: Exception | None) -> None:

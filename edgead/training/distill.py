@@ -443,4 +443,6 @@ def _dtype(device: torch.device, precision: Precision) -> torch.dtype:
 
 def _tuned_convolutions(device: torch.device) -> Any:
     """On a GPU, cuDNN tries its algorithms once for every shape; a run has few of them."""
-    return torch.backends.cudnn.flags(benchmark=True) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True)  # by default: enabled=False

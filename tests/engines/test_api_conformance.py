@@ -56,7 +56,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
 }
 # What stands in an `if` -> the name whose presence it implies.
-CONDITIONS = {"self.captures_itself": (MODULE, "CudaGraphStrategy")}
+CONDITIONS = {"self._has_strategies": (MODULE, "CudaGraphStrategy")}
 # Expressions that are no objects of TensorRT, although they have attributes that are called like theirs.
 OTHERS = {"self", "self._backend", "self.device", "flavour", "bundle.manifest", "error", "np"}
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from edgead.bundle import Bundle
-from edgead.errors import BundleError, LineError
+from edgead.errors import BundleError, CudaError, LineError
 from edgead.line import bundles
 from edgead.line.bundles import Bundles
 from edgead.line.inspector import Inspector
 from edgead.line.recipe import CameraConfig, Inspection, Recipe, Settings
-from edgead.line.run import Changes
+from edgead.line.run import Changes, run
 from edgead.line.standin import StandIn
 from edgead.runtime.backend import Backend
 from tests.line.conftest import BAD, Moody, Start, camera_state, image, wait_for
@@ -77,6 +77,43 @@ def test_after_a_hang_the_same_bundle_comes_back_whatever_its_file_holds(
     assert camera_state(here, "recipes") == ["old"] and camera_state(here, "threshold") == 9.0
     here.line.swap(file, file)
     assert camera_state(here, "recipes") == ["new"] and camera_state(here, "threshold") == 0.4
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_with_a_device_that_stays_lost_a_supervised_line_ends(
+    supervised: bool,
+    bench: Start,
+    gate: threading.Event,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some faults of a GPU end with the process only; who runs without systemd keeps the line."""
+    monkeypatch.setattr(bundles, "BACKOFF_S", (0.05, 0.05))
+    is_lost = threading.Event()
+
+    def open_model(bundle: Bundle) -> Backend:
+        if is_lost.is_set():
+            raise CudaError("illegal address", "CUDA_ERROR_ILLEGAL_ADDRESS", is_sticky=True)
+        return Moody(bundle, gate, [])
+
+    here = bench(
+        {"top": {"recipes": (Inspection(bundle=tiny_bundle),)}}, open_model=open_model, stall_s=0.5
+    )
+    is_lost.set()
+    gate.clear()
+    here.sources["top"].send(image())
+    wait_for(lambda: (here.line.check() or here.verdicts(0)) == ["ERROR"])
+    wait_for(lambda: here.line.lost_device == "illegal address")
+    if supervised:
+        monkeypatch.setenv("NOTIFY_SOCKET", "@edgead-nobody-listens")
+        recipe = Recipe(Settings(journal=tmp_path), (), (), {})
+        assert run(recipe, opened=lambda _: here.line) == (here.line, 1)
+    gate.set()
+    is_lost.clear()
+    if not supervised:
+        wait_for(lambda: here.line.state()["ready"])
+        assert here.line.lost_device == ""
 
 
 def test_whatever_a_new_bundle_fails_with_the_next_one_is_taken_over(

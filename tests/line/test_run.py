@@ -157,6 +157,7 @@ def test_unit_for_systemd(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     unit = capsys.readouterr().out
     assert "Type=notify" in unit and f" run {path}\n" in unit and "WatchdogSec=5" in unit
     assert "\nTimeoutStartSec=infinity\n" in unit  # engines may have to be built
+    assert "\nStartLimitIntervalSec=0\n\n[Service]\n" in unit  # in [Unit]: a camera may be there late
 
 
 def started(folder: Path, path: Path, **environment: str) -> subprocess.Popen[str]:

@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,17 @@ def test_rtx_is_told_to_capture_its_kernels(opened: Any, trt: Any) -> None:
     slot = backend.open_slot()
     context = slot._contexts[1]
     if trt.__name__ == "tensorrt":
-        assert context.config is None and slot._graphs
-    else:
-        assert context.config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        assert not slot._graphs
+        assert context.config == trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        assert slot._graphs
+        return
+    config, strategies = context.config, trt.DynamicShapesKernelSpecializationStrategy
+    assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    assert config.allocation == trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+    assert config.cache is backend.open_slot()._contexts[1].config.cache is not None
+    assert not slot._graphs
+    plain = opened(cuda_graph=False).open_slot()._contexts[1].config  # but for the graph the same
+    assert plain.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
+    assert plain.dynamic_shapes_kernel_specialization_strategy == strategies.EAGER
 
 
 def test_slots_are_independent(opened: Any, tiny: Any, fake_cuda: Any) -> None:
@@ -260,6 +268,29 @@ def test_close(opened: Any) -> None:
             call()
 
 
+def test_what_is_dropped_without_close_is_closed(
+    trt: Any, tiny: Any, tiny_bundle: Path, fake_cuda: Any
+) -> None:
+    """As in a notebook: `detector = edgead.load(...)` again and again."""
+    from edgead.engines.prepare import prepare_engine
+
+    bundle, flavour = Bundle.open(tiny_bundle), open_flavour(name_of(trt))
+    for _ in range(3):
+        device = open_device()
+        backend = TensorRTBackend(
+            bundle, flavour, device, prepare_engine(bundle, flavour, device.info).plan
+        )
+        check(backend, tiny.frames(1, spots=True), tiny)
+        trt.engines.clear()
+        del backend, device
+        gc.collect()
+        end_s = time.monotonic() + 20
+        while fake_cuda.count("contexts"):  # another thread does it
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        assert not fake_cuda.leaks()
+
+
 # --- engines that do not fit
 
 
@@ -306,9 +337,7 @@ def test_out_of_memory_at_any_allocation_leaks_nothing(opened: Any, fake_cuda: A
     raise AssertionError("a slot makes more than 20 allocations")
 
 
-def test_a_failed_capture_is_ended_and_raised(
-    opened: Any, trt: Any, fake_cuda: Any, tiny: Any
-) -> None:
+def test_a_failed_capture_is_ended_and_raised(opened: Any, trt: Any, fake_cuda: Any, tiny: Any) -> None:
     if trt.__name__ != "tensorrt":
         pytest.skip("TensorRT for RTX captures by itself")
     backend = opened()
@@ -356,9 +385,7 @@ def test_load_builds_once_and_verifies(trt: Any, tiny_bundle: Path, tiny: Any, t
     assert len(list((tmp_path / "engines").rglob("*.engine"))) == 1
 
 
-def test_an_engine_with_other_verdicts_is_refused(
-    trt: Any, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_an_engine_with_other_verdicts_is_refused(trt: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     trt.bias = 1.0
     with pytest.raises(EngineError, match="refused.*2 of 4 verdicts differ"):
         edgead.load(tiny_bundle, backend=name_of(trt))
@@ -400,6 +427,21 @@ def test_a_cached_engine_that_tensorrt_refuses_is_built_again(
     monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", once_refused)
     edgead.load(tiny_bundle, backend=name_of(trt)).close()
     assert trt.builds == 2 and "building it again" in caplog.text
+
+
+def test_an_engine_is_not_built_again_for_want_of_memory(
+    trt: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edgead.load(tiny_bundle, backend=name_of(trt)).close()
+    said = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
+
+    def without_memory(self: Any, plan: bytes) -> None:
+        self.logger.log(fake_tensorrt.Severity.ERROR, said)
+
+    monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", without_memory)
+    with pytest.raises(BackendError, match="cannot be loaded(.|\n)*is exhausted(.|\n)*close other GPU"):
+        edgead.load(tiny_bundle, backend=name_of(trt))
+    assert trt.builds == 1
 
 
 def test_a_good_engine_outlives_a_start_without_memory(
@@ -478,9 +520,7 @@ def load_executor(trt: Any, bundle: Path, **options: Any) -> edgead.Executor:
     return edgead.Executor.load(bundle, backend=name_of(trt), **options)
 
 
-def test_ten_thousand_frames_in_order(
-    trt: Any, tiny_bundle: Path, tiny: Any, fake_cuda: Any
-) -> None:
+def test_ten_thousand_frames_in_order(trt: Any, tiny_bundle: Path, tiny: Any, fake_cuda: Any) -> None:
     frames, scores = frames_and_scores(tiny, 40)
     order: list[int] = []
     with load_executor(trt, tiny_bundle, slots=3) as executor:

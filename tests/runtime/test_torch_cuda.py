@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import itertools
 import subprocess
 import sys
 import threading
@@ -486,6 +487,7 @@ class FakeCuda:
         self.current: list[str] = ["default"]
         self.is_capturing = False
         self.breaks_capture = False
+        self.deals = itertools.count()
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -518,6 +520,7 @@ class FakeCuda:
 class FakeStream:
     def __init__(self, cuda: FakeCuda, device: Any) -> None:
         self.cuda, self.name = cuda, f"stream on {device}"
+        self.cuda_stream = 1000 + next(cuda.deals) % 32  # in turn, as PyTorch does
 
     def synchronize(self) -> None:
         self.cuda.calls.append("synchronize stream")
@@ -585,6 +588,47 @@ def test_a_capture_that_fails_leaves_no_stream_behind(cuda: FakeCuda) -> None:
     assert cuda.current == ["default"]
     queue.close()
     assert "reset" not in cuda.calls
+
+
+def test_no_two_queues_share_a_stream(cuda: FakeCuda) -> None:
+    """PyTorch has 32; with one for two, a capture would take in what the other one launches."""
+    device = torch.device("cuda", 0)
+    kept = CudaQueue(device, uses_graph=True)
+    for _ in range(100):
+        passing = CudaQueue(device, uses_graph=True)
+        assert passing._stream.cuda_stream != kept._stream.cuda_stream
+        passing.close()
+    dropped = [CudaQueue(device, uses_graph=True) for _ in range(31)]
+    assert len({queue._stream.cuda_stream for queue in (kept, *dropped)}) == 32
+    with pytest.raises(BackendError, match="all 32 streams of PyTorch are taken.*close some"):
+        CudaQueue(device, uses_graph=True)
+    del dropped
+    CudaQueue(device, uses_graph=True).close()
+    kept.close()
+
+
+def test_the_callers_settings_change_no_number(tiny: Any, tiny_bundle: Path) -> None:
+    feeds = {"image": tiny.frames(1, spots=True), "calibration": CALIBRATION}
+
+    def scores() -> np.ndarray:
+        backend = TorchCudaBackend(Bundle.open(tiny_bundle), device="cpu")
+        try:
+            return backend.infer(feeds)["anomaly_map"]
+        finally:
+            backend.close()
+
+    expected = scores()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            np.testing.assert_array_equal(scores(), expected)
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = scores()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_torch_has_what_a_gpu_needs() -> None:

@@ -62,7 +62,12 @@ _STATES = (
         "the GPU is in use by another process, lost, or not ready",
         "Check nvidia-smi and the kernel log (dmesg: Xid), the power supply and exclusive compute mode; "
         "wait or restart the machine, then open the device again",
-        {46: "DEVICE_UNAVAILABLE", 214: "ECC_UNCORRECTABLE", 802: "SYSTEM_NOT_READY"},
+        {
+            46: "DEVICE_UNAVAILABLE",
+            214: "ECC_UNCORRECTABLE",
+            220: "NVLINK_UNCORRECTABLE",
+            802: "SYSTEM_NOT_READY",
+        },
         is_sticky=True,
     ),
     _State(
@@ -85,6 +90,7 @@ _STATES = (
         "work on the GPU failed",
         _REOPEN,
         {
+            226: "CONTAINED",
             700: "ILLEGAL_ADDRESS",
             702: "LAUNCH_TIMEOUT",
             710: "ASSERT",
@@ -94,7 +100,7 @@ _STATES = (
             717: "INVALID_ADDRESS_SPACE",
             718: "INVALID_PC",
             719: "LAUNCH_FAILED",
-            721: "CONTAINED",
+            721: "TENSOR_MEMORY_LEAK",
             999: "UNKNOWN",
         },
         is_sticky=True,

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,14 @@ from edgead.errors import BackendError
 from edgead.runtime.onnx_file import Node, OnnxGraph
 from edgead.runtime.onnx_torch.call import Call, Function
 from edgead.runtime.onnx_torch.operators import OPERATORS
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """The numbers that the file says, whatever autocast the caller is in."""
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        with torch.autocast("cuda", enabled=False):
+            yield
 
 
 @dataclass
@@ -47,7 +56,7 @@ class Program:
     ) -> None:
         self._constants, self._steps, self.shapes = constants, steps, shapes
 
-    @torch.inference_mode()
+    @_as_written()
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Enqueues the graph on the current stream.
 
@@ -82,12 +91,12 @@ class Network:
             except TypeError as error:
                 raise BackendError(f"the constant {name!r} has the data type {array.dtype}") from error
         self._placed: dict[tuple[str, bool], Tensor] = {}
-        # Folded now rather than in each program, so that it is on the device once.
-        nodes = [node for node in graph.nodes if not self._fold(node, self._known, {})]
+        with _as_written():  # folded now rather than in each program, so that it is on the device once
+            nodes = [node for node in graph.nodes if not self._fold(node, self._known, {})]
         self._nodes = _join_conv_relu(nodes, self._outputs)
         self._last_use = {name: index for index, node in enumerate(self._nodes) for name in node.inputs}
 
-    @torch.inference_mode()
+    @_as_written()
     def specialise(self, examples: Mapping[str, Tensor]) -> Program:
         """Makes the program for inputs of the shapes of these examples, and runs it once on them.
 

@@ -77,7 +77,7 @@ def _transpose(call: Call) -> Function:
 def _shape(call: Call) -> Function:
     start, end = call.attribute("start", 0), call.attribute("end", None)
     sides = list(call.x.shape)[start:end]
-    return lambda x: torch.tensor(sides, dtype=torch.int64)
+    return lambda x: torch.tensor(sides, dtype=torch.int64, device="cpu")
 
 
 def _reshaped(sides: Sequence[int]) -> Function:

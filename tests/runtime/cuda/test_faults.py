@@ -11,6 +11,7 @@ import pytest
 
 from edgead.errors import BackendError, CudaError
 from edgead.runtime.cuda import Device
+from edgead.runtime.cuda.errors import cuda_error
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, LAUNCH_FAILED, NO_DEVICE, LOST = 2, 700, 719, 100, 46
 SHAKEN = 1 << 16
@@ -118,6 +119,19 @@ def test_what_a_code_means(code: int, name: str, advice: str, is_sticky: bool, f
     assert (caught.value.code, caught.value.is_sticky) == (f"CUDA_ERROR_{name}", is_sticky)
     assert f"({code}: " in str(caught.value) and advice in str(caught.value)
     device.close()
+
+
+def test_names_are_those_of_the_driver() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    for code in range(1, 1000):
+        if "CUDA_ERROR_" in (ours := cuda_error("cuInit", code).code) and not ours[-1].isdigit():
+            assert ours == driver.CUresult(code).name
+
+
+@pytest.mark.parametrize("code", [220, 226, 721])
+def test_these_end_the_context_too(code: int) -> None:
+    """As cuda.h of CUDA 13.0 says of them: errors of NVLink, contained ones, tensor memory."""
+    assert cuda_error("cuStreamSynchronize", code).is_sticky
 
 
 def test_a_code_that_nobody_knows_passes_through(fake_box: Any) -> None:
