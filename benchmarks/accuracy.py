@@ -148,7 +148,7 @@ def _page(record: dict[str, Any], failures: dict[str, str]) -> str:
         " runtime; the threshold is the calibrated one (good validation images only).",
         "",
         *(f"* {text}" for text in accuracy_table.machines(results)),
-        f"* {record['utc']}, commit {record['git_commit']}",
+        f"* {record['utc']}, runs at commit {_commits(results)}",
     ]
     if any(group["published"] for group in record["summary"]):
         lines.append(f"* published: {accuracy_table.SOURCE}")
@@ -157,6 +157,11 @@ def _page(record: dict[str, Any], failures: dict[str, str]) -> str:
     if failures:
         lines += ["", accuracy_table.failures_table(failures)]
     return "\n".join(lines) + "\n"
+
+
+def _commits(results: list[dict[str, Any]]) -> str:
+    found = dict.fromkeys(str((result.get("made") or {}).get("git_commit")) for result in results)
+    return ", ".join("(of an installed edgead)" if name == "None" else name for name in found) or "–"
 
 
 if __name__ == "__main__":

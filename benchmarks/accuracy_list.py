@@ -81,6 +81,13 @@ def read_list(path: Path) -> list[Job]:
             f" got {', '.join(content) or 'no [[data]]'}"
         )
     jobs = [job for entry in data for job in _jobs(path, defaults, entry)]
+    folders: dict[str, str] = {}
+    for job in jobs:
+        if folders.setdefault(job.name, job.data) != job.data:
+            raise DataError(
+                f"{path}: {job.name} is the name of {folders[job.name]} and of {job.data}: the table"
+                " would take their figures together; give each a name of its own"
+            )
     for index, job in enumerate(jobs):
         if job in jobs[:index]:
             raise DataError(f"{path}: {job.name}, seed {job.config['seed']}: the same job twice")
@@ -124,6 +131,8 @@ def _jobs(path: Path, defaults: dict[str, Any], entry: Any) -> list[Job]:
     seeds = settings.pop("seeds", DEFAULT_SEED)
     axes = {**settings, "seed": seeds}  # the seed last, so that it varies fastest
     choices = [value if isinstance(value, list) else [value] for value in axes.values()]
+    if empty := [key for key, values in zip(axes, choices, strict=True) if not values]:
+        raise DataError(f"{where}: {', '.join(empty)}: an empty list leaves no job; name at least one")
     return [
         _job(where, dict(zip(axes, values, strict=True)), name=name, data=data, published=published)
         for values in itertools.product(*choices)

@@ -53,6 +53,7 @@ _COUNTS = {
     "false_reject_rate": ("false_rejects", "good_images"),
     "missed_defect_rate": ("missed_defects", "defect_images"),
 }
+_CHOSEN = ("penalty", "teacher", "backbone", "precision", "backend")
 _ASIDE = ("seed", "size")  # of a training configuration; these two have columns of their own
 
 
@@ -61,7 +62,7 @@ def settings(result: dict[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in result["config"].items() if key not in _ASIDE}
     if config.get("minutes") is not None:
         del config["steps"]  # not what it was trained for
-    return config | {key: result[key] for key in ("penalty", "teacher", "precision", "backend")}
+    return config | {key: result[key] for key in _CHOSEN}
 
 
 def groups(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

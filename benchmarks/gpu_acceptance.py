@@ -59,6 +59,7 @@ BACKEND_SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 SECTIONS = ("doctor", "matmul", *BACKEND_SECTIONS)
 
+
 def doctor() -> list[dict[str, Any]]:
     """What `edgead doctor` says of this box."""
     return [asdict(finding) for finding in check()]
@@ -193,11 +194,15 @@ class Run:
         return "error" not in leaf
 
     def _write(self) -> None:
+        """The JSON is what counts: a fault in what is said about it ends no run."""
         data = self.record.data
-        data["limits"] = gpu_report.limits(data)
-        data["targets"] = gpu_report.targets(data)
+        try:
+            data["limits"] = gpu_report.limits(data)
+            data["targets"] = gpu_report.targets(data)
+            self._page = gpu_report.markdown(data)
+        except Exception:
+            self._page = f"{self.out} is whole; this page is not:\n\n{traceback.format_exc()}"
         self.record.save()
-        self._page = gpu_report.markdown(self.record.data)
         write_text(self.out.with_suffix(".md"), self._page)
 
 

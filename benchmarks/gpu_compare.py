@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgead.benchmarks.gpu_bench import Bench, NotMeasured, pdn_size
+from edgead.benchmarks.gpu_contract import TOLERANCE
 from edgead.benchmarks.gpu_measure import gc_off
 from edgead.benchmarks.timing import interleave
 from edgead.runtime import Backend, replay
@@ -67,7 +68,9 @@ def parity(bench: Bench) -> dict[str, Any]:
         "median of the reference": float(np.median(scores)),
     }
     found["verdicts"] = {name: _flips(value, scores, got) for name, value in thresholds.items()}
-    found["ok"] = golden.ok
+    found["deviation_allowed"] = TOLERANCE
+    worst = max(deviation.max(), map_deviation.max())  # NaN if anything is
+    found["ok"] = golden.ok and bool(worst <= TOLERANCE * (spread or found["map_range"]))
     found["golden"] = {
         "images": golden.images,
         "flips": len(golden.flips),

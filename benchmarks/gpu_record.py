@@ -59,6 +59,7 @@ def provenance(bundle: Bundle, weights: str, images: str, commit: str | None) ->
             "precision_of": "weights and convolutions; from the squared difference on float32",
             "input_px": [manifest.input.height, manifest.input.width],
             "source_format": f"{manifest.input.dtype} {manifest.input.layout} {manifest.input.color}",
+            "gflop_per_image": manifest.model.get("gflop_per_image"),
             "graph_sha256": manifest.members[MODEL].sha256,
             "weights": weights,
         },

@@ -33,7 +33,7 @@ from edgead.models.efficientad import IMAGE_PX, EfficientAD
 from edgead.models.pdn import FEATURES, Size
 from edgead.runtime import open_backend
 from edgead.training.device import compute_dtype, keep_memory
-from edgead.training.efficientad import _step
+from edgead.training.efficientad import TrainConfig, _step
 from edgead.training.teacher_targets import TeacherTargets
 
 CPU = torch.device("cpu")
@@ -78,14 +78,13 @@ def step_seconds(models: dict[int, EfficientAD], *, steps: int) -> dict[int, flo
     for k, model in models.items():
         model.to(memory_format=torch.channels_last)
         targets = TeacherTargets(model, images, CPU, 64)
-        parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
-        sessions[k] = targets, torch.optim.Adam(parameters, 1e-4, weight_decay=1e-5, fused=True)
+        sessions[k] = targets, TrainConfig().optimizer_of(model)
         model.train()
     seconds: dict[int, list[float]] = {k: [] for k in models}
     for step in range(-2, steps):
-        for k, (targets, adam) in sessions.items():
+        for k, (targets, optimizer) in sessions.items():
             start = time.perf_counter()
-            _step(models[k], adam, batch, targets[0], CPU, seed=step + 2)
+            _step(models[k], optimizer, batch, targets[0], CPU, seed=step + 2)
             if step >= 0:
                 seconds[k].append(time.perf_counter() - start)
     return {k: float(np.median(values)) for k, values in seconds.items()}

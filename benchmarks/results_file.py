@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -33,13 +34,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def fresh_process(command: Sequence[str]) -> dict[str, Any]:
+def fresh_process(command: Sequence[str], *, sees_gpus: bool = True) -> dict[str, Any]:
     """Run a command and parse the last line it prints as JSON.
 
     Raises:
         RuntimeError: it failed; the message ends with what it wrote.
     """
-    done = subprocess.run(list(command), capture_output=True, text=True)
+    environment = os.environ if sees_gpus else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(command), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} ... failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -5,7 +5,8 @@
 PATH is a folder that holds `efficientad.py` of nelson1425/EfficientAD, or one that holds the package
 `anomalib` (the site-packages of an environment where it is installed). Nothing of them comes with
 edgead. The teacher has random weights, and the images are noise: only speed is measured. Both decode a
-penalty image in every step, as they do when they train. The last line that is printed is JSON.
+penalty image in every step, as they do when they train. They take the GPU if they see one. The last line
+that is printed is JSON.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def nelson1425(folder: Path, steps: int) -> list[float]:
 
         def __iter__(self) -> Iterator[Any]:
             for item in self.items:
+                _wait()
                 ticks.append(time.perf_counter())
                 if len(ticks) > WARM_UP + steps:
                     raise _Enough
@@ -87,7 +89,7 @@ def nelson1425(folder: Path, steps: int) -> list[float]:
         def set_description(self, text: str) -> None: ...
 
     module.tqdm = Clock
-    module.teacher_normalization = lambda *_: (torch.zeros(1), torch.ones(1))
+    module.teacher_normalization = lambda *_: (torch.tensor(0.0), torch.tensor(1.0))
     options = {
         "--dataset": "mvtec_ad",
         "--subdataset": "noise",
@@ -116,22 +118,34 @@ def anomalib(folder: Path, steps: int) -> list[float]:
     channels = model.model.teacher_out_channels
     statistics = {"mean": torch.zeros(1, channels, 1, 1), "std": torch.ones(1, channels, 1, 1)}
     model.model.mean_std.update(statistics)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
     model.log = lambda *_, **__: None
     model.train()
     model.model.teacher.eval()
     parameters = [*model.model.student.parameters(), *model.model.ae.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=model.lr, weight_decay=model.weight_decay)
-    image = torch.rand(1, 3, 256, 256)
+    image = torch.rand(1, 3, 256, 256, device=device)
+    label = torch.zeros(1, dtype=torch.long, device=device)
     seconds = []
     for _ in range(WARM_UP + steps):
         start = time.perf_counter()
-        batch = ImageBatch(image=image.clone(), gt_label=torch.zeros(1, dtype=torch.long))
+        batch = ImageBatch(image=image.clone(), gt_label=label)
         loss = model.training_step(batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        _wait()
         seconds.append(time.perf_counter() - start)
     return seconds[WARM_UP:]
+
+
+def _wait() -> None:
+    """Until a GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 PEERS: dict[str, Callable[[Path, int], list[float]]] = {"nelson1425": nelson1425, "anomalib": anomalib}

@@ -168,9 +168,7 @@ def test_the_file_is_readable_json() -> None:
 
 
 def of(plan: bytes) -> Sidecar:
-    return dataclasses.replace(
-        SIDECAR, size_bytes=len(plan), sha256=hashlib.sha256(plan).hexdigest()
-    )
+    return dataclasses.replace(SIDECAR, size_bytes=len(plan), sha256=hashlib.sha256(plan).hexdigest())
 
 
 @given(st.integers(0, len(PLAN) - 1), st.integers(1, 255))

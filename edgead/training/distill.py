@@ -434,10 +434,8 @@ class _Run:
 
 def _dtype(device: torch.device, precision: Precision) -> torch.dtype:
     if precision == "auto":
-        # before Ampere a GPU only emulates bf16
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            return torch.float16
-        return compute_dtype(device)
+        dtype = compute_dtype(device)
+        return torch.float16 if device.type == "cuda" and dtype == torch.float32 else dtype
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

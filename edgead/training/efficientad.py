@@ -26,7 +26,7 @@ from torch import Tensor
 from edgead.errors import TrainingError
 from edgead.models.base import check_choice, check_learning_rate, check_length
 from edgead.models.efficientad import Border, EfficientAD
-from edgead.models.files import load_directions, load_teacher, shipped_teacher
+from edgead.models.files import load_directions, load_teacher, sha256, shipped_teacher
 from edgead.models.pdn import FEATURES, PDN, Size
 from edgead.training.demo_data import render_distractors
 from edgead.training.device import autocast
@@ -181,10 +181,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, files: Mapping[str, Path], run: Path) -> None:
         teacher = files.get("teacher", shipped_teacher(config.size))
-        if config.targets is None:
-            config = replace(config, targets=FEATURES if "teacher" in files else SHIPPED_TARGETS)
-        self.config = config
         network, info = load_teacher(teacher)
+        if config.targets is None:
+            is_shipped = info.sha256 == sha256(shipped_teacher(network.size))
+            config = replace(config, targets=SHIPPED_TARGETS if is_shipped else FEATURES)
+        self.config = config
         if network.size != config.size:
             raise TrainingError(
                 f"{teacher} is a PDN-{network.size.upper()} teacher,"

@@ -84,17 +84,23 @@ def _build(method: str, *, tiling: dict[str, Any] | None = None, **architecture:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that the process works in; None outside one.
+    """Commit of the repository that edgead runs from; None where it is installed from elsewhere.
 
     "+changes" is appended when the files differ from the commit.
     """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
-        )
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not merely in a repository's folder
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

@@ -34,7 +34,7 @@ from edgead.models.base import AnomalyModel
 from edgead.models.files import save_safetensors
 from edgead.models.tiled import Tiled, frame_of
 from edgead.training.data import Dataset
-from edgead.training.device import pick_device
+from edgead.training.device import exact_convolutions, pick_device
 from edgead.training.images import Images, Tiles, common_size, hash_of_names, store_images
 from edgead.training.run import (
     CHECKPOINT_FILE,
@@ -220,10 +220,11 @@ def raw_maps(
     """
     model.eval()
     maps: list[list[np.ndarray]] = [[] for _ in model.raw_names]
-    for image in images:
-        x = torch.from_numpy(image[None]).to(device).permute(0, 3, 1, 2)
-        for kept, raw in zip(maps, model(x), strict=True):
-            kept.append(raw[0].cpu().numpy())
+    with exact_convolutions(device):
+        for image in images:
+            x = torch.from_numpy(image[None]).to(device).permute(0, 3, 1, 2)
+            for kept, raw in zip(maps, model(x), strict=True):
+                kept.append(raw[0].cpu().numpy())
     # One kind after the other, so that not all of them lie twice in memory.
     return tuple(np.stack(maps.pop(0)) for _ in model.raw_names)
 

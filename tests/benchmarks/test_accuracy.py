@@ -128,6 +128,11 @@ def test_a_list_value_is_an_axis_and_the_seed_varies_fastest(tmp_path: Path) -> 
         ('[[data]]\nname = "a"\npath = "a"\nprecision = "int8"', "the precisions fp32"),
         ('[[data]]\nname = "a"\npath = "a"\npublished = "mvtec/cup"', "no published figures"),
         ('[[data]]\nname = "a"\npath = "a"\nseeds = [1, 1]', "the same job twice"),
+        ('[[data]]\nname = "a"\npath = "a"\nseeds = []', "a: seed: an empty list leaves no job"),
+        (
+            '[[data]]\nname = "a"\npath = "x"\n[[data]]\nname = "a"\npath = "y"',
+            "a is the name of x and of y: .* a name of its own",
+        ),
         ('[[data]]\nname = "a"\npath = "a"\n[more]\nx = 1', "nothing else; got more"),
     ],
 )
@@ -358,7 +363,10 @@ def losses(folder: Path) -> list[list[str]]:
 def result_of(name: str, seed: int, auroc: float | None, **changes: Any) -> dict[str, Any]:
     """A result as a job leaves it, as far as the table reads it."""
     config = {"size": "s", "steps": 10, "minutes": None, "seed": seed, **changes.pop("config", {})}
-    empty = {"penalty": None, "teacher": None, "precision": "fp32", "backend": "auto", "published": None}
+    empty = {
+        "penalty": None, "teacher": None, "backbone": None, "precision": "fp32", "backend": "auto",
+        "published": None,
+    }  # fmt: skip
     return {
         "name": name,
         "method": "efficientad-s",
@@ -398,6 +406,8 @@ def test_what_varies_has_a_column() -> None:
     assert "| method | learning_rate | seed |" in table
     assert "| efficientad-s | 0.001 | 0 |" in table
     assert len(accuracy_table.groups(results)) == 2
+    results = [result_of("cup", 0, 0.9, backbone=name) for name in ("resnet18.pth", "mobilenet.pth")]
+    assert "| resnet18.pth | 0 | 0.9000 |" in accuracy_table.results_table(results)
 
 
 def test_plot_draws_accuracy_against_measured_minutes(tmp_path: Path) -> None:

@@ -84,6 +84,36 @@ def test_every_section_is_there_with_its_time(whole: Path) -> None:
     assert data["quick"] is True and data["effort"]["calls"] == QUICK.calls
 
 
+@pytest.mark.parametrize("fault", [np.nan, 2.0], ids=["NaN", "twice the score"])
+def test_parity_is_about_the_images(
+    fault: float,
+    copied: Path,
+    run: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The golden sample alone would not find what FP16 does to other images; and the run goes on."""
+    real, reference = OrtBackend.infer, gpu_compare._reference
+
+    def broken(self: OrtBackend, inputs: Any) -> dict[str, np.ndarray]:
+        found = real(self, inputs)
+        return found | {"score": found["score"] * np.float32(fault)}
+
+    def whole_until_now(bench: Bench, frames: np.ndarray) -> Any:
+        found = reference(bench, frames)
+        monkeypatch.setattr(OrtBackend, "infer", broken)
+        return found
+
+    monkeypatch.setattr(gpu_compare, "_reference", whole_until_now)
+    data = read(copied)
+    del data["sections"]["parity"]
+    copied.write_text(json.dumps(data))
+    assert run(copied, "--resume", "--only", "parity,overhead") == 1
+    assert "NOT OK" in capsys.readouterr().out
+    now = read(copied)["sections"]
+    assert now["parity"][NAME]["result"]["ok"] is False and now["overhead"][NAME]["result"]
+
+
 def test_figures_have_the_agreed_form(whole: Path) -> None:
     found = {name: leaf.get("result", {}) for name, leaf in results(read(whole)).items()}
     assert found["contract"]["ok"] and found["parity"]["ok"]

@@ -47,6 +47,7 @@ def test_targets_are_judged_by_the_best_back_end() -> None:
         (lambda record: record["provenance"]["gpu"].update(name="NVIDIA L4"), "NVIDIA L4"),
         (lambda record: record["provenance"]["bundle"].update(precision="fp32"), "fp32"),
         (lambda record: record["provenance"]["bundle"].update(input_px=[512, 512]), "512"),
+        (lambda record: record["provenance"]["bundle"].update(gflop_per_image=55.2), "has 55.2"),
     ],
 )
 def test_targets_of_another_machine_or_model_are_not_judged(
@@ -66,3 +67,12 @@ def test_share_of_the_measured_limit() -> None:
     record = record_of()
     record["sections"]["matmul"]["result"]["card"]["tflops"] = None
     assert "share" not in gpu_report.limits(record)
+
+
+def test_figures_that_are_no_numbers_are_shown_as_they_are() -> None:
+    """JSON has none for them: in the file they are texts."""
+    record = record_of(rate="inf")
+    record["backends"] = ["a"]
+    (row,) = [row for row in gpu_report.targets(record)["rows"] if "throughput >=" in row["target"]][:1]
+    assert row["met"] is None and row["measured"] == gpu_report.NOT_MEASURED
+    assert [gpu_report._e(value) for value in ("nan", None, 0.0123)] == ["nan", "–", "1.23e-02"]

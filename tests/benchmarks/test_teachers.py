@@ -79,3 +79,16 @@ def test_makes_what_is_missing_and_keeps_what_is_there(
     message = capsys.readouterr().err
     assert message.startswith("edgead.benchmarks.teachers: error: ") and "blocks.99" in message
     assert message.count("\n") == 1
+
+
+def test_a_teacher_by_minutes_is_made_once(
+    tmp_path: Path, random_backbone: Path, natural_images: Path
+) -> None:
+    """Its file says how many steps fitted, not how many were the most."""
+    path, out = tmp_path / "list.toml", tmp_path / "out"
+    path.write_text(SMALL.replace("steps = 2", "steps = 100000") + "[one]\nminutes = 0.01\n")
+    command = [path, "--images", natural_images, "--backbone", random_backbone, "--out", out]
+    arguments = list(map(str, [*command, "--device", "cpu"]))
+    assert main(arguments) == 0
+    before = (out / "one.safetensors").stat().st_mtime_ns
+    assert main(arguments) == 0 and (out / "one.safetensors").stat().st_mtime_ns == before

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,41 @@ def test_memory_of_a_small_training(
     train_memory.main()
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["images"] == 3 and 200 < record["host_peak_mib"] < 10_000
+
+
+def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    """As train_step starts it, which has allocated more."""
+    measured = "from edgead.benchmarks.train_memory import _host_peak_mib as p; print(p())"
+    parent = (
+        "import subprocess, sys\n"
+        "held = b'x' * (2 << 30)\n"
+        f"subprocess.run([sys.executable, '-c', {measured!r}], check=True)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert 50 < int(ended.stdout) < 1500
+
+
+def test_a_peer_that_fails_loses_nothing_else(
+    peer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (peer / "efficientad.py").write_text("raise RuntimeError('no such GPU')")
+    monkeypatch.setattr(train_step, "WARM_UP", 1)
+    monkeypatch.setattr(train_step, "measure", functools.partial(train_step.measure, steps=1))
+    out = tmp_path / "steps.json"
+    arguments = [
+        "train_step",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--peer",
+        str(peer),
+        "--out",
+        str(out),
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert train_step.main() == 1
+    assert set(json.loads(out.read_text())["median_s"]) == set(train_step.LOOPS)
+    assert "no such GPU" in capfd.readouterr().err

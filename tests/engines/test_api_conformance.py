@@ -60,6 +60,7 @@ CONDITIONS = {"self._has_strategies": (MODULE, "CudaGraphStrategy")}
 # Expressions that are no objects of TensorRT, although they have attributes that are called like theirs.
 OTHERS = {"self", "self._backend", "self.device", "flavour", "bundle.manifest", "error", "np"}
 
+
 @dataclass(frozen=True)
 class Use:
     """One attribute of TensorRT in the source.

@@ -78,9 +78,7 @@ def test_many_threads_over_a_real_back_end(backend: str, tiny: Any, tiny_bundle:
     frames = np.concatenate([tiny.frames(8, spots=True), tiny.frames(8, spots=False)])
     with Executor.load(tiny_bundle, backend=backend, threads=1) as executor:
         expected = [executor.submit(frame).result(PATIENCE_S).score for frame in frames]
-        exercise(
-            executor, frame=lambda n: frames[n % 16], score=lambda n: expected[n % 16], count=1000
-        )
+        exercise(executor, frame=lambda n: frames[n % 16], score=lambda n: expected[n % 16], count=1000)
     assert len({*expected}) > 8  # mistaken frames would show
 
 

@@ -76,9 +76,7 @@ def test_slots_do_not_share_anything(backend: Backend, tiny: Any) -> None:
 
 def test_one_thread_launches_and_another_waits(backend: Backend, tiny: Any) -> None:
     images = tiny.frames(8, spots=True, seed=6)
-    expected = [
-        infer(backend, image[None], tiny.manifest.calibration.values)[0][0] for image in images
-    ]
+    expected = [infer(backend, image[None], tiny.manifest.calibration.values)[0][0] for image in images]
     slot = backend.open_slot()
     launched, read = threading.Semaphore(0), threading.Semaphore(1)
     scores: list[float] = []

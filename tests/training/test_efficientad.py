@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -17,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from edgead.errors import DataError, TrainingError
-from edgead.models.files import load_teacher
+from edgead.models.files import load_teacher, shipped_teacher
 from edgead.models.folding import normalise
 from edgead.training.data import open_dataset
-from edgead.training.efficientad import TrainConfig, build_model, step_losses
+from edgead.training.efficientad import SHIPPED_TARGETS, TrainConfig, build_model, step_losses
 from edgead.training.images import PenaltyImages, jitter, read_images
 from edgead.training.teacher_targets import TeacherTargets
 from edgead.training.train import train
@@ -239,3 +240,14 @@ def test_short_runs_take_muon_and_long_ones_the_published_schedule() -> None:
         assert [config.rate_at(x, 0) for x in (0.8, 0.9, 1)] == pytest.approx([0.02, 0.01, 0])
     assert TrainConfig(steps=5, optimizer="adam").rate_at(0, 0) == 1e-4
     assert TrainConfig(steps=5, learning_rate=1e-3).rate_at(0, 0) == 1e-3
+
+
+def test_the_teacher_that_ships_is_known_by_its_content(
+    demo_images: Path, natural_images: Path, tmp_path: Path
+) -> None:
+    """Named by a path it has its own number of targets, as without a name; any other has all."""
+    named = Path(shutil.copy(shipped_teacher("s"), tmp_path / "mine.safetensors"))
+    dataset, config = open_dataset(demo_images), TrainConfig(steps=1)
+    train(dataset, tmp_path / "run", config, teacher=named, penalty=natural_images)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["architecture"]["targets"] == SHIPPED_TARGETS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -112,8 +113,15 @@ def test_a_wait_that_holds_the_gil_gives_up(fake_cuda: FakeCuda) -> None:
     assert fake_cuda.library.cuStreamCreate(ctypes.byref(stream), 1) == 0
     fake_cuda.patience_ms = 200
     ran: list[int] = []
+    fake_cuda.library.fake_cuda_hold(1)
     assert fake_cuda.launch(stream.value or 0, lambda: ran.append(1)) == 0
-    assert library.cuStreamSynchronize(stream) == 909  # CUDA_ERROR_TIMEOUT
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # so that the stream's thread cannot get the lock between these two
+    try:
+        library.fake_cuda_hold(0)
+        assert library.cuStreamSynchronize(stream) == 909  # CUDA_ERROR_TIMEOUT
+    finally:
+        sys.setswitchinterval(interval_s)
     fake_cuda.patience_ms = 20_000
     assert fake_cuda.library.cuStreamSynchronize(stream) == 0 and ran == [1]
     fake_cuda.library.cuStreamDestroy_v2(stream)
