@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 
 from edgead.errors import TrainingError
+from edgead.machine import gains_by_bf16
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -31,27 +31,12 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def cpu_gains_by_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX, or ARM's BF16).
-
-    Where it does not, bf16 is about five times *slower* than fp32; with the products of vectors of
-    AVX-512 alone a step of EfficientAD-S takes 1.4 times as long (4.64 and 3.25 s, one core).
-    """
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    lines = (line for line in text.splitlines() if line.lower().startswith(("flags", "features")))
-    flags = set(next(lines, "").split())
-    return bool(flags & {"amx_bf16", "bf16"})
-
-
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it is quicker, else float32."""
     if device.type == "cuda":  # before Ampere a GPU only emulates it
         is_quicker = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        is_quicker = cpu_gains_by_bf16()
+        is_quicker = bool(gains_by_bf16())
     return torch.bfloat16 if is_quicker else torch.float32
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from edgead import machine
 from edgead.training.device import compute_dtype, exact_convolutions
 from edgead.training.distill import _dtype, _tuned_convolutions
 
@@ -23,7 +22,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     ],
 )
 def test_precision_on_a_cpu(flags: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr(machine, "_read", lambda path: f"processor\t: 0\n{flags}\n")
     assert compute_dtype(CPU) == dtype == _dtype(CPU, "auto")
 
 
