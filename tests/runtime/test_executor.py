@@ -460,6 +460,27 @@ def test_a_program_may_end_without_closing(backend: str, tiny_bundle: Path) -> N
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["done"] * 3, "")
 
 
+HANGING = """
+import time
+from edgead.runtime import worker
+from tests.fake_backend import FakeDevice, numbered
+device = FakeDevice()
+executor = device.executor()
+device.pause()
+executor.submit(numbered(1))
+worker.EXIT_S = 0.5
+print(time.monotonic(), flush=True)
+"""
+
+
+def test_a_device_that_hangs_does_not_keep_the_program() -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", HANGING]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    took_s = time.monotonic() - float(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "") and 0.4 < took_s < 20
+
+
 # --- opening
 
 
