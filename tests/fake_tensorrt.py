@@ -277,19 +277,19 @@ class Context:
 class RuntimeConfig:
     cuda_graph_strategy = CudaGraphStrategy.DISABLED
     dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
-    allocation = ExecutionContextAllocationStrategy.STATIC
-    cache: object = None
+    _allocation = ExecutionContextAllocationStrategy.STATIC
+    _cache: object = None
 
     def set_execution_context_allocation_strategy(
         self, strategy: ExecutionContextAllocationStrategy
     ) -> None:
-        self.allocation = strategy
+        self._allocation = strategy
 
     def create_runtime_cache(self) -> object:
         return object()
 
     def set_runtime_cache(self, cache: object) -> bool:
-        self.cache = cache
+        self._cache = cache
         return True
 
 

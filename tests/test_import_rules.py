@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "runtime": DEVICE,
     "runtime.tensorrt": (*DEVICE, "flavour"),
     "runtime.open_tensorrt": (*DEVICE, "flavour", "engines.prepare"),  # builds a missing engine
+    "runtime.openvino": (*DEVICE, "machine"),  # what the CPU gains by
     "runtime.executor": (*DEVICE, "judge"),
     "runtime.worker": (*DEVICE, "judge"),
     "calibration": ("errors",),
@@ -75,6 +76,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "training",
     ),
     "training.data": ("errors", "image"),
+    "training.device": ("errors", "machine"),
     "training.demo_data": ("errors", "image", "training.demo_*"),
     "training.demo_*": ("errors", "image", "training.demo_*"),
     "export": (

@@ -171,8 +171,8 @@ def test_rtx_is_told_to_capture_its_kernels(opened: Any, trt: Any) -> None:
         return
     config, strategies = context.config, trt.DynamicShapesKernelSpecializationStrategy
     assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    assert config.allocation == trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-    assert config.cache is backend.open_slot()._contexts[1].config.cache is not None
+    assert config._allocation == trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+    assert config._cache is backend.open_slot()._contexts[1].config._cache is not None
     assert not slot._graphs
     plain = opened(cuda_graph=False).open_slot()._contexts[1].config  # but for the graph the same
     assert plain.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
