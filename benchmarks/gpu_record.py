@@ -101,9 +101,9 @@ def _packages() -> dict[str, Any]:
 
     return {
         "edgead": edgead,
-        "benchmarks": edgead.benchmarks,
-        "engines": edgead.engines,
-        "export": edgead.export,
+        "edgead/benchmarks": edgead.benchmarks,
+        "edgead/engines": edgead.engines,
+        "edgead/export": edgead.export,
     }
 
 

@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from edgead.benchmarks.gpu_bench import (
 )
 from edgead.benchmarks.gpu_contract import contract
 from edgead.benchmarks.gpu_measure import count_flop
+from edgead.benchmarks.gpu_record import source_sha256
 from edgead.bundle import Bundle
 from edgead.errors import BackendError
 from edgead.image import write_image
@@ -464,3 +466,20 @@ def test_sections_are_in_the_order_in_which_they_need_each_other() -> None:
     order = list(BACKEND_SECTIONS)
     assert order.index("throughput") < order.index("energy")  # energy is taken at the best cell
     assert gpu_acceptance.SECTIONS[:2] == ("doctor", "matmul")
+
+
+def test_the_same_source_has_one_digest_installed_or_not(tmp_path: Path) -> None:
+    root, site = Path(__file__).parents[2], tmp_path / "edgead"
+    without = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root / "edgead", site, ignore=without)
+    for name in ("benchmarks", "engines", "export"):
+        shutil.copytree(root / name, site / name, ignore=without)
+    code = "from edgead.benchmarks.gpu_record import source_sha256; print(source_sha256())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == source_sha256()
