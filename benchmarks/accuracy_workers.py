@@ -65,14 +65,16 @@ def on_ray(
         import ray
     except ModuleNotFoundError as error:
         raise EdgeADError('--ray needs Ray: pip install "edgead[ray]"') from error
+    side_by_side = 1
     if address == "local":
-        threads = _start_local(workers, threads)
+        threads, side_by_side = _start_local(workers, threads)
     else:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         cores = threads or _share(gpus)
-        task = ray.remote(num_cpus=cores, num_gpus=min(gpus, 1), max_calls=1, max_retries=ATTEMPTS - 1)(
+        gpu = min(gpus, 1) / side_by_side
+        task = ray.remote(num_cpus=cores, num_gpus=gpu, max_calls=1, max_retries=ATTEMPTS - 1)(
             run_job
         )  # max_calls: the process ends with its job
         pending = {task.remote(str(folder.resolve()), cores): folder for folder in folders}
@@ -90,8 +92,12 @@ def on_ray(
         ray.shutdown()
 
 
-def _start_local(workers: int | None, threads: int | None) -> int:
-    """Start a cluster with room for `workers` jobs; returns the cores of one job."""
+def _start_local(workers: int | None, threads: int | None) -> tuple[int, int]:
+    """Start a cluster with room for `workers` jobs.
+
+    Returns:
+        The cores of one job, and how many jobs share a GPU.
+    """
     import ray
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -107,7 +113,7 @@ def _start_local(workers: int | None, threads: int | None) -> int:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
-    return threads
+    return threads, -(-workers // max(1, gpus))
 
 
 def _visible_gpus() -> int:

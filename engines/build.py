@@ -165,18 +165,14 @@ def check_target(flavour: Flavour, target: str) -> None:
 def _set_target(config: Any, flavour: Flavour, target: str, log: Any) -> None:
     if not flavour.is_rtx:
         return
-    if not (
-        hasattr(config, "num_compute_capabilities") and hasattr(config, "set_compute_capability")
-    ):
+    if not (hasattr(config, "num_compute_capabilities") and hasattr(config, "set_compute_capability")):
         raise EngineError(f"{flavour.name} {flavour.version} cannot build ahead of time; install 1.7")
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(targets(flavour)[target], 0):
         raise failure(f"{flavour.name} {flavour.version} refuses the target {target}", log)
 
 
-def _add_profiles(
-    builder: Any, network: Any, config: Any, batches: tuple[int, ...], log: Any
-) -> None:
+def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, ...], log: Any) -> None:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     image = next((tensor for tensor in inputs if tensor.name == IMAGE), None)
     if image is None:

@@ -21,12 +21,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EDGEAD_PENALTY_IMAGES", raising=False)
 
 
-def test_demo_twice_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_demo_replaces_an_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    for _ in range(2):
-        assert main(["demo", "--out", str(out), "--minutes", "0.02"]) == 0
-        printed = capsys.readouterr().out
-        assert (out / "report.html").resolve().as_uri() in printed and "image AUROC" in printed
+    (out / "data" / "train").mkdir(parents=True)
+    (out / "run").mkdir()
+    left = MARKER, "data/train/old.png", "run/run.json", "tray.edgead", "results.json", "report.html"
+    for name in left:
+        (out / name).write_text("of an earlier one")
+    assert main(["demo", "--out", str(out), "--minutes", "0.02"]) == 0
+    printed = capsys.readouterr().out
+    assert (out / "report.html").resolve().as_uri() in printed and "image AUROC" in printed
+    assert not (out / "data" / "train" / "old.png").exists()
     results = json.loads((out / "results.json").read_text())
     assert results["images"] == 9 and results["name"] == "tray"
     assert "scratch" in (out / "report.html").read_text(encoding="utf-8")

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgead.errors import TrainingError
-from edgead.files import whole_file
+from edgead.files import try_lock, whole_file
+
+
+@contextmanager
+def alone(lock: Path, out: Path) -> Iterator[None]:
+    """Holds a lock file, where there are such: two runs into one `out` would take each other's files."""
+    with lock.open("ab") as file:
+        if try_lock(file) is False:
+            raise TrainingError(
+                f"another process trains into {out}: wait for it, or name another place with --out"
+            )
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

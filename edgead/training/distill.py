@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +28,7 @@ from edgead.models.base import check_choice, check_learning_rate
 from edgead.models.files import save_safetensors
 from edgead.models.folding import IMAGENET_MEAN, IMAGENET_STD
 from edgead.models.pdn import FEATURES, PDN, Size
-from edgead.training.checkpoint import load_checkpoint, save_checkpoint
+from edgead.training.checkpoint import alone, load_checkpoint, save_checkpoint
 from edgead.training.crops import Crops, crop_threads
 from edgead.training.curve import Point, write_curve
 from edgead.training.device import autocast, compute_dtype, keep_memory, pick_device
@@ -166,26 +166,30 @@ def distill(
         )
     chosen = own_device(pick_device(device))
     source = backbone if isinstance(backbone, Source) else Source.load(backbone, layers)
-    with process_group(chosen) as group, _tuned_convolutions(chosen):
-        share = group.share(config.batch)
-        session = _Session(config, chosen, source, group)
-        train, held_out = hold_out(found, config.held_out, seed=config.seed)
-        run = _Run(
-            session,
-            crops=session.crops(train, config.seed),
-            held_out=session.crops(held_out, config.seed + 1),
-            positions=share,
-            out=out,
-            settings=recipe(config, source)
-            | {"images": len(found), "image_names": names_of(found), "backbone": source.name},
-        )
-        run.fit(resume=resume, progress=progress if group.rank == 0 else None)
-        last = run.points[-1]
-        result = DistillResult(
-            last.step, len(found), last.loss, last.held_out_loss, round(last.seconds, 1)
-        )
-    if group.rank == 0:
-        run.save_teacher(result)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with process_group(chosen) as group, _tuned_convolutions(chosen):
+            if group.rank == 0:
+                held.enter_context(alone(out.with_name(f".{out.name}.lock"), out))
+            share = group.share(config.batch)
+            session = _Session(config, chosen, source, group)
+            train, held_out = hold_out(found, config.held_out, seed=config.seed)
+            run = _Run(
+                session,
+                crops=session.crops(train, config.seed),
+                held_out=session.crops(held_out, config.seed + 1),
+                positions=share,
+                out=out,
+                settings=recipe(config, source)
+                | {"images": len(found), "image_names": names_of(found), "backbone": source.name},
+            )
+            run.fit(resume=resume, progress=progress if group.rank == 0 else None)
+            last = run.points[-1]
+            result = DistillResult(
+                last.step, len(found), last.loss, last.held_out_loss, round(last.seconds, 1)
+            )
+        if group.rank == 0:
+            run.save_teacher(result)
     return result
 
 
@@ -263,7 +267,8 @@ class _Session:
     def restore(self, state: dict[str, Any]) -> None:
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty of a run in bf16, on a GPU that has it
+            self.scaler.load_state_dict(state["scaler"])
         self.targets.restore(state["targets"])
 
     def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,7 +328,6 @@ class _Run:
         """Take all steps, or those that the checkpoint has not."""
         session, config = self.session, self.session.config
         checkpoint = _checkpoint(self.out)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         if resume and checkpoint.exists():
             self._restore(load_checkpoint(checkpoint, settings=self.settings))
         else:

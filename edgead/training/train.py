@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,13 +25,14 @@ from edgead.calibration import (
     warn_of_odd,
 )
 from edgead.errors import TrainingError
-from edgead.files import try_lock, write_text
+from edgead.files import write_text
 from edgead.health import HEALTH, HealthProfile
 from edgead.image import read_image
 from edgead.methods import configure, trainer_of
 from edgead.models.base import AnomalyModel
 from edgead.models.files import save_safetensors
 from edgead.models.tiled import Tiled, frame_of
+from edgead.training.checkpoint import alone
 from edgead.training.data import Dataset
 from edgead.training.device import exact_convolutions, pick_device
 from edgead.training.images import Images, Tiles, common_size, hash_of_names, store_images
@@ -101,7 +101,7 @@ def train(
     if run.is_file():
         raise TrainingError(f"--out {run} is a file; name a folder for the run")
     run.mkdir(parents=True, exist_ok=True)
-    with _alone(run):
+    with alone(run / LOCK_FILE, run):
         _check_folder(run, resume=resume)
         chosen = pick_device(device)
         trainer = method(config, named, run)
@@ -160,17 +160,6 @@ def train(
 def _tiled(model: AnomalyModel, dataset: Dataset, tile: int, overlap: int | None) -> Tiled:
     frame = frame_of(model, common_size(dataset.train), tile)
     return Tiled(model, tile=tile, overlap=tile // 4 if overlap is None else overlap, frame=frame)
-
-
-@contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Holds the run folder's lock, where there are such; two processes would take each other's files."""
-    with (run / LOCK_FILE).open("ab") as file:
-        if try_lock(file) is False:
-            raise TrainingError(
-                f"another process trains into {run}: wait for it, or name another folder with --out"
-            )
-        yield
 
 
 def _check_penalty(dataset: Dataset, folder: Path | str | None) -> None:

@@ -336,6 +336,23 @@ def test_ray_survives_a_killed_worker_with_the_same_figures(
     assert losses(second) != losses(first)  # of another seed
 
 
+@pytest.mark.parametrize(
+    ("gpus", "workers", "expected"), [(0, 3, 3), (1, None, 1), (1, 3, 3), (2, 3, 2), (4, 2, 1)]
+)
+def test_jobs_that_share_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int | None, expected: int
+) -> None:
+    """As many jobs at a time as were asked for, also with fewer GPUs: Ray would let the others wait."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    started = {}
+    monkeypatch.setattr(accuracy_workers, "_visible_gpus", lambda: gpus)
+    monkeypatch.setattr(ray, "init", lambda **options: started.update(options))
+    _, on_one = accuracy_workers._start_local(workers, threads=1)
+    assert on_one == expected and started["num_gpus"] == gpus
+    assert started["num_cpus"] == (workers or gpus)
+    assert not gpus or gpus * on_one >= (workers or gpus)
+
+
 @pytest.fixture
 def ray_environment() -> Iterator[dict[str, str]]:
     """No reports, no memory monitor (the machine may be full), and short paths for its sockets."""

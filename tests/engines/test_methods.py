@@ -30,7 +30,7 @@ def test_from_training_to_engines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, bundle, records = tmp_path / "run", tmp_path / "part.edgead", tmp_path / "results.json"
-    options = [] if method == "protoad" else ["--steps", "20"]
+    options = [] if method == "protoad" else ["--steps", "5"]
     if method.startswith("efficientad"):
         options += ["--penalty", str(natural_images)]
     train = ["train", str(demo_images), "--method", method, "--out", str(run), *options]

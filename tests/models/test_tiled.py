@@ -56,7 +56,7 @@ def as_input(*images: np.ndarray) -> Tensor:
 def shrunk(frame: np.ndarray, side_px: int) -> Tensor:
     """The frame as networks of this size see it as a whole: resized, not rounded."""
     rows, columns = (resize_matrix(px, side_px) for px in frame.shape[:2])
-    small = np.einsum("ih,jw,hwc->cij", rows, columns, frame.astype(np.float32))[None]
+    small = np.einsum("ih,jw,hwc->cij", rows, columns, frame.astype(np.float32), optimize=True)[None]
     assert np.abs(small[0].transpose(1, 2, 0) - resize(frame, side_px, side_px)).max() < 0.51
     return torch.from_numpy(small).float()
 

@@ -23,7 +23,9 @@ from edgead.errors import DataError, TrainingError
 from edgead.image import list_images
 from edgead.models.files import load_directions, load_teacher, save_safetensors
 from edgead.models.resnet import ResNet
-from edgead.training.distill import DistillConfig, distill
+from edgead.training.distill import DistillConfig, Precision, distill
+from edgead.training.distill import _Session as Session
+from edgead.training.group import Group
 from edgead.training.targets import Source
 
 CONFIG = DistillConfig(steps=4, batch=1, side_px=64, held_out=0.2, checkpoint_s=0.0)
@@ -92,6 +94,36 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert curves[0]["settings"]["backbone_sha256"] == metadata["backbone_sha256"]
     pytest.importorskip("matplotlib", reason="no picture of the loss without matplotlib")
     assert (tmp_path / "whole.safetensors.loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_distillations_into_one_file(
+    tmp_path: Path, random_backbone: Path, natural_images: Path
+) -> None:
+    """The second one must not take the checkpoint of the first."""
+    out, problems = tmp_path / "new" / "teacher.safetensors", []
+
+    def again(*_: object) -> None:
+        with pytest.raises(TrainingError) as caught:
+            distill(natural_images, random_backbone, out, CONFIG, resume=True)
+        problems.append(str(caught.value))
+
+    distill(natural_images, random_backbone, out, replace(CONFIG, steps=2), progress=again)
+    assert len(problems) == 2 and f"another process trains into {out}: wait" in problems[0]
+    names = ("teacher.safetensors", "teacher.safetensors.loss.json", "teacher.safetensors.loss.png")
+    assert {path.name for path in out.parent.iterdir()} <= set(names)  # no lock is left
+
+
+@pytest.mark.parametrize("then", ["bf16", "fp16"])
+@pytest.mark.parametrize("before", ["bf16", "fp16"])
+def test_a_checkpoint_of_another_gpu(random_backbone: Path, before: Precision, then: Precision) -> None:
+    """bf16 on one and FP16 on an older one, both by `auto`: only the latter scales its gradients."""
+    first, second = (
+        Session(replace(CONFIG, precision=p), torch.device("cpu"), Source.load(random_backbone), Group())
+        for p in (before, then)
+    )
+    first.targets.measure([torch.zeros(1, 3, 128, 128)], lambda total: total)
+    second.restore(first.state())
+    assert second.scaler.is_enabled() == (then == "fp16")
 
 
 @pytest.mark.parametrize("name", ["teacher", "teacher.pth"])
@@ -205,13 +237,14 @@ def test_any_module_and_any_image_set_will_do(tmp_path: Path) -> None:
     assert result.images == 20 and (metadata["backbone"], metadata["taps"]) == ("one layer", "a")
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which torch says as oneDNN is switched off
 @pytest.mark.parametrize(
     "changes",
     [
         {"size": "m"},
         {"loss": "smooth-l1", "crop": (0.2, 0.9)},
         {"precision": "bf16"},
-        {"precision": "fp16", "steps": 3, "batch": 1},  # emulated on a CPU
+        {"precision": "fp16", "steps": 3, "batch": 1},  # emulated on a CPU, by oneDNN at a crawl
     ],
 )
 def test_other_settings_train_too(
@@ -224,7 +257,8 @@ def test_other_settings_train_too(
     save_safetensors(tmp_path / "resnet.safetensors", network.state_dict(), {})
     config = replace(CONFIG, **{"steps": 6, "batch": 2, "learning_rate": 0.02, **changes})  # type: ignore[arg-type]
     out = tmp_path / "t.safetensors"
-    result = distill(natural_images, tmp_path / "resnet.safetensors", out, config)
+    with torch.backends.mkldnn.flags(enabled=config.precision != "fp16"):
+        result = distill(natural_images, tmp_path / "resnet.safetensors", out, config)
     teacher, info = load_teacher(out)
     assert teacher.size == config.size
     assert info.metadata["taps"] == "layer2, layer3"

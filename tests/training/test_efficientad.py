@@ -125,11 +125,22 @@ def _train(
     train(dataset, run, config, teacher=teacher, penalty=natural_images, **options)  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+    demo_images: Path,
+    natural_images: Path,
+    random_teacher: Path,
+) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    _train(run, demo_images, natural_images, random_teacher)
+    return run
+
+
 def test_same_seed_same_numbers_and_a_resumed_run_equals_an_uninterrupted_one(
-    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+    tmp_path: Path, uninterrupted: Path, demo_images: Path, natural_images: Path, random_teacher: Path
 ) -> None:
     inputs = (demo_images, natural_images, random_teacher)
-    _train(tmp_path / "a", *inputs)
     steps = []
 
     class Stop(Exception):
@@ -145,7 +156,7 @@ def test_same_seed_same_numbers_and_a_resumed_run_equals_an_uninterrupted_one(
         _train(tmp_path / "b", *inputs)
     _train(tmp_path / "b", *inputs, resume=True, progress=lambda f, s, losses: steps.append(s))
     assert steps == [3, 4]  # step 3 was done but not yet in a checkpoint
-    a, b = _weights(tmp_path / "a"), _weights(tmp_path / "b")
+    a, b = _weights(uninterrupted), _weights(tmp_path / "b")
     assert all(torch.equal(a[key], b[key]) for key in a)
     rows = list(csv.DictReader((tmp_path / "b" / "losses.csv").open()))
     assert [row["step"] for row in rows] == ["1"] and float(rows[0]["hard"]) > 0
@@ -200,13 +211,12 @@ train(open_dataset(data, seed=config.seed), run, config, teacher=teacher, penalt
 
 
 def test_kill_9_loses_no_more_than_the_steps_since_the_checkpoint(
-    tmp_path: Path, demo_images: Path, natural_images: Path, random_teacher: Path
+    tmp_path: Path, uninterrupted: Path, demo_images: Path, natural_images: Path, random_teacher: Path
 ) -> None:
     """Killed over and over until it is through.
 
     Every start goes on where a checkpoint was, and the result is the same.
     """
-    _train(tmp_path / "whole", demo_images, natural_images, random_teacher)
     run = tmp_path / "killed"
     arguments = map(str, (demo_images, natural_images, random_teacher, run))
     command = [sys.executable, "-c", SCRIPT, *arguments]
@@ -226,7 +236,7 @@ def test_kill_9_loses_no_more_than_the_steps_since_the_checkpoint(
         process.stdout.close()
         assert process.wait() == (0 if kill_after is None else -signal.SIGKILL)
     assert first_steps[0] == 1 and first_steps[1] in (2, 3) and first_steps[1] <= first_steps[2] <= 4
-    a, b = _weights(tmp_path / "whole"), _weights(run)
+    a, b = _weights(uninterrupted), _weights(run)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
