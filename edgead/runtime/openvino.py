@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class OpenVinoBackend:
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         try:
-            core = Core()
+            core = _the_one(Core)
             takes_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             takes_bf16 = takes_bf16 and gains_by_bf16() is not False
             config["INFERENCE_PRECISION_HINT"] = "bf16" if takes_bf16 else "f32"
@@ -110,6 +110,23 @@ class OpenVinoBackend:
     def _check_open(self, call: str) -> None:
         if self._request is None:
             raise BackendError(f"{call}: this back end (openvino) is closed")
+
+
+_cores: list[Any] = []
+_cores_lock = threading.Lock()
+
+
+def _the_one(core: Callable[[], Any]) -> Any:
+    """The one `Core` of this process, which is never given back.
+
+    Its CPU plugin gives the thread that loads it another stack for signal handlers, and unmaps that
+    when it is destroyed, in whatever thread: the next signal, such as SIGTERM, would end the process by
+    SIGSEGV.
+    """
+    with _cores_lock:
+        if not _cores:
+            _cores.append(core())
+        return _cores[0]
 
 
 def _specs(ports: list[Any]) -> list[TensorSpec]:

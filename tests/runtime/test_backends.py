@@ -303,6 +303,34 @@ except BackendError as error:
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_signals_after_another_thread_closed_a_backend(name: str, tiny_bundle: Path) -> None:
+    """As a line does that took over a new bundle and is then told to stop."""
+    need(name)
+    code = (
+        "import gc, os, signal, sys, threading\n"
+        "from edgead import Bundle\n"
+        "from edgead.runtime import open_backend\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('told to stop', flush=True))\n"
+        "bundle = Bundle.open(sys.argv[1])\n"
+        "def renew(held):\n"
+        "    new = open_backend(bundle, sys.argv[2], threads=1)\n"
+        "    held.pop().close()\n"
+        "    gc.collect()\n"
+        "    held.append(new)\n"
+        "held = [open_backend(bundle, sys.argv[2], threads=1)]\n"
+        "for _ in range(2):\n"
+        "    thread = threading.Thread(target=renew, args=(held,))\n"
+        "    thread.start(); thread.join()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "held.pop().close()\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle), name]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "told to stop\n" * 2), ended.stderr
+
+
 def test_without_openvino(tiny_bundle: Path) -> None:
     assert run_without("openvino", OPEN, tiny_bundle, "auto").stdout.strip() == "onnxruntime"
     asked = run_without("openvino", OPEN, tiny_bundle, "openvino").stdout
