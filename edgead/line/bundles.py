@@ -86,7 +86,7 @@ class Bundles:
             former.retire()
         if self._is_closed.is_set():
             inspector.retire()
-        logger.warning("%s: %s took over", path, inspector.bundle.path)
+        logger.warning("%s: the new bundle took over", path)
 
     def renew(self, inspector: Inspector, reason: str) -> None:
         """Loads a bundle again whose model hangs or gave up: in a thread, until it succeeds.
