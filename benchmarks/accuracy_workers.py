@@ -65,15 +65,15 @@ def on_ray(
         import ray
     except ModuleNotFoundError as error:
         raise EdgeADError('--ray needs Ray: pip install "edgead[ray]"') from error
-    side_by_side = 1
+    per_gpu = 1
     if address == "local":
-        threads, side_by_side = _start_local(workers, threads)
+        threads, per_gpu = _start_local(workers, threads)
     else:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         cores = threads or _share(gpus)
-        gpu = min(gpus, 1) / side_by_side
+        gpu = min(gpus, 1) / per_gpu
         task = ray.remote(num_cpus=cores, num_gpus=gpu, max_calls=1, max_retries=ATTEMPTS - 1)(
             run_job
         )  # max_calls: the process ends with its job

@@ -193,7 +193,7 @@ def _write(run: Path, model: AnomalyModel, record: dict[str, Any]) -> None:
     save_safetensors(run / WEIGHTS_FILE, model.state_dict(), metadata)
     write_text(run / RUN_FILE, json.dumps(record, indent=2))
     left = [CHECKPOINT_FILE, PENALTY_FILE, images_file("*")]
-    left += [LOCK_FILE, *(f".{name}.*.tmp" for name in left)]  # these are of processes that were killed
+    left += [f".{name}.*.tmp" for name in left]  # these are of processes that were killed
     for path in (path for name in left for path in run.glob(name)):
         path.unlink(missing_ok=True)
 
